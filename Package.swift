@@ -1,0 +1,82 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+// Sources and Tests mirror docs/DESIGN.md's map: a target depends only on targets below it,
+// and `swift build --explicit-target-dependency-import-check error` enforces it.
+
+let strict: [SwiftSetting] = [
+  .treatAllWarnings(as: .error),
+  .enableUpcomingFeature("ExistentialAny"),
+  .enableUpcomingFeature("MemberImportVisibility"),
+]
+
+/// Debug builds of the interpreter are two orders of magnitude slower: hot targets are always optimised.
+let hot: [SwiftSetting] = strict + [.unsafeFlags(["-O"], .when(configuration: .debug))]
+
+func library(_ name: String, _ dependencies: [Target.Dependency] = [], settings: [SwiftSetting] = strict) -> Target {
+  .target(name: name, dependencies: dependencies, swiftSettings: settings)
+}
+
+func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
+  .testTarget(name: name, dependencies: dependencies, swiftSettings: strict)
+}
+
+let package = Package(
+  name: "swiftvmm",
+  products: [.executable(name: "swiftvmm", targets: ["swiftvmm"])],
+  dependencies: [
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+    .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+    .package(url: "https://github.com/apple/swift-nio", from: "2.101.2"),
+  ],
+  targets: [
+    // The kernel's interfaces and other C.
+    .target(name: "CLinux"),
+    .systemLibrary(name: "CElf", pkgConfig: "libelf", providers: [.apt(["libelf-dev"])]),
+    .target(name: "CFirmware", path: "firmware"),
+
+    // Below every accelerator and device.
+    library("Host", ["CLinux"]),
+    library("GuestMemory", ["Host", "CLinux"]),
+    library("StateTree"),
+    library("Accelerator", ["GuestMemory", "StateTree"]),
+    library("X86", settings: hot),
+    library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
+
+    // The machine.
+    library("DeviceModel", ["GuestMemory", "StateTree"]),
+    library("PlatformDevices", ["DeviceModel", "GuestMemory", "Host", "StateTree"]),
+    library("Boot", ["Accelerator", "CElf", "CFirmware", "GuestMemory", "Host"]),
+    library(
+      "Machine",
+      [
+        "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "PlatformDevices", "StateTree", "X86",
+      ]),
+
+    // Its faces.
+    library("GDBStub", ["Host"]),
+    library(
+      "Monitor",
+      [
+        "Host", "Machine", .product(name: "NIOCore", package: "swift-nio"),
+        .product(name: "NIOPosix", package: "swift-nio"),
+      ]),
+    .executableTarget(
+      name: "swiftvmm",
+      dependencies: [
+        "Accelerator", "Boot", "GDBStub", "GuestMemory", "Host", "KVMAccelerator", "Machine", "Monitor",
+        .product(name: "ArgumentParser", package: "swift-argument-parser"),
+      ], swiftSettings: strict),
+
+    tests("HostTests", ["Host"]),
+    tests("GuestMemoryTests", ["GuestMemory"]),
+    tests("StateTreeTests", ["StateTree"]),
+    tests("X86Tests", ["X86"]),
+    tests("BootTests", ["Accelerator", "Boot", "GuestMemory"]),
+    tests("DeviceConformance", ["DeviceModel", "GuestMemory", "PlatformDevices", "StateTree"]),
+    tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
+    tests("GDBStubTests", ["GDBStub"]),
+    tests("MonitorTests", ["Monitor"]),
+    tests("GuestTests", ["Host"]),
+  ]
+)

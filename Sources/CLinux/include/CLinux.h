@@ -1,0 +1,92 @@
+// The kernel's interfaces that the Swift importer does not bring over by itself.
+//
+// linux/ and asm/ are the kernel's UAPI headers (GPL-2.0 WITH Linux-syscall-note), taken unchanged from Debian's
+// linux-libc-dev 7.2.12-1~bpo13+1: the distribution's own are older than the kernels swiftvmm runs on.
+#pragma once
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/timerfd.h>
+#include <linux/kvm.h>
+
+// ioctl numbers: _IO macros do not import.
+static const unsigned long CLINUX_KVM_GET_API_VERSION = KVM_GET_API_VERSION;
+static const unsigned long CLINUX_KVM_CREATE_VM = KVM_CREATE_VM;
+static const unsigned long CLINUX_KVM_GET_MSR_INDEX_LIST = KVM_GET_MSR_INDEX_LIST;
+static const unsigned long CLINUX_KVM_GET_MSR_FEATURE_INDEX_LIST = KVM_GET_MSR_FEATURE_INDEX_LIST;
+static const unsigned long CLINUX_KVM_CHECK_EXTENSION = KVM_CHECK_EXTENSION;
+static const unsigned long CLINUX_KVM_GET_VCPU_MMAP_SIZE = KVM_GET_VCPU_MMAP_SIZE;
+static const unsigned long CLINUX_KVM_GET_SUPPORTED_CPUID = KVM_GET_SUPPORTED_CPUID;
+static const unsigned long CLINUX_KVM_GET_EMULATED_CPUID = KVM_GET_EMULATED_CPUID;
+static const unsigned long CLINUX_KVM_CREATE_VCPU = KVM_CREATE_VCPU;
+static const unsigned long CLINUX_KVM_GET_DIRTY_LOG = KVM_GET_DIRTY_LOG;
+static const unsigned long CLINUX_KVM_CLEAR_DIRTY_LOG = KVM_CLEAR_DIRTY_LOG;
+static const unsigned long CLINUX_KVM_SET_USER_MEMORY_REGION = KVM_SET_USER_MEMORY_REGION;
+static const unsigned long CLINUX_KVM_SET_TSS_ADDR = KVM_SET_TSS_ADDR;
+static const unsigned long CLINUX_KVM_SET_IDENTITY_MAP_ADDR = KVM_SET_IDENTITY_MAP_ADDR;
+static const unsigned long CLINUX_KVM_CREATE_IRQCHIP = KVM_CREATE_IRQCHIP;
+static const unsigned long CLINUX_KVM_IRQ_LINE = KVM_IRQ_LINE;
+static const unsigned long CLINUX_KVM_GET_IRQCHIP = KVM_GET_IRQCHIP;
+static const unsigned long CLINUX_KVM_SET_IRQCHIP = KVM_SET_IRQCHIP;
+static const unsigned long CLINUX_KVM_SET_GSI_ROUTING = KVM_SET_GSI_ROUTING;
+static const unsigned long CLINUX_KVM_IRQFD = KVM_IRQFD;
+static const unsigned long CLINUX_KVM_IOEVENTFD = KVM_IOEVENTFD;
+static const unsigned long CLINUX_KVM_CREATE_PIT2 = KVM_CREATE_PIT2;
+static const unsigned long CLINUX_KVM_GET_PIT2 = KVM_GET_PIT2;
+static const unsigned long CLINUX_KVM_SET_PIT2 = KVM_SET_PIT2;
+static const unsigned long CLINUX_KVM_SET_BOOT_CPU_ID = KVM_SET_BOOT_CPU_ID;
+static const unsigned long CLINUX_KVM_SIGNAL_MSI = KVM_SIGNAL_MSI;
+static const unsigned long CLINUX_KVM_SET_CLOCK = KVM_SET_CLOCK;
+static const unsigned long CLINUX_KVM_GET_CLOCK = KVM_GET_CLOCK;
+static const unsigned long CLINUX_KVM_SET_TSC_KHZ = KVM_SET_TSC_KHZ;
+static const unsigned long CLINUX_KVM_GET_TSC_KHZ = KVM_GET_TSC_KHZ;
+static const unsigned long CLINUX_KVM_RUN = KVM_RUN;
+static const unsigned long CLINUX_KVM_GET_REGS = KVM_GET_REGS;
+static const unsigned long CLINUX_KVM_SET_REGS = KVM_SET_REGS;
+static const unsigned long CLINUX_KVM_GET_SREGS = KVM_GET_SREGS;
+static const unsigned long CLINUX_KVM_SET_SREGS = KVM_SET_SREGS;
+static const unsigned long CLINUX_KVM_GET_SREGS2 = KVM_GET_SREGS2;
+static const unsigned long CLINUX_KVM_SET_SREGS2 = KVM_SET_SREGS2;
+static const unsigned long CLINUX_KVM_TRANSLATE = KVM_TRANSLATE;
+static const unsigned long CLINUX_KVM_INTERRUPT = KVM_INTERRUPT;
+static const unsigned long CLINUX_KVM_GET_MSRS = KVM_GET_MSRS;
+static const unsigned long CLINUX_KVM_SET_MSRS = KVM_SET_MSRS;
+static const unsigned long CLINUX_KVM_GET_LAPIC = KVM_GET_LAPIC;
+static const unsigned long CLINUX_KVM_SET_LAPIC = KVM_SET_LAPIC;
+static const unsigned long CLINUX_KVM_SET_CPUID2 = KVM_SET_CPUID2;
+static const unsigned long CLINUX_KVM_GET_CPUID2 = KVM_GET_CPUID2;
+static const unsigned long CLINUX_KVM_GET_MP_STATE = KVM_GET_MP_STATE;
+static const unsigned long CLINUX_KVM_SET_MP_STATE = KVM_SET_MP_STATE;
+static const unsigned long CLINUX_KVM_NMI = KVM_NMI;
+static const unsigned long CLINUX_KVM_SET_GUEST_DEBUG = KVM_SET_GUEST_DEBUG;
+static const unsigned long CLINUX_KVM_GET_VCPU_EVENTS = KVM_GET_VCPU_EVENTS;
+static const unsigned long CLINUX_KVM_SET_VCPU_EVENTS = KVM_SET_VCPU_EVENTS;
+static const unsigned long CLINUX_KVM_GET_DEBUGREGS = KVM_GET_DEBUGREGS;
+static const unsigned long CLINUX_KVM_SET_DEBUGREGS = KVM_SET_DEBUGREGS;
+static const unsigned long CLINUX_KVM_ENABLE_CAP = KVM_ENABLE_CAP;
+static const unsigned long CLINUX_KVM_GET_XSAVE = KVM_GET_XSAVE;
+static const unsigned long CLINUX_KVM_SET_XSAVE = KVM_SET_XSAVE;
+static const unsigned long CLINUX_KVM_GET_XSAVE2 = KVM_GET_XSAVE2;
+static const unsigned long CLINUX_KVM_GET_XCRS = KVM_GET_XCRS;
+static const unsigned long CLINUX_KVM_SET_XCRS = KVM_SET_XCRS;
+static const unsigned long CLINUX_KVM_RESET_DIRTY_RINGS = KVM_RESET_DIRTY_RINGS;
+static const unsigned long CLINUX_KVM_SMI = KVM_SMI;
+static const unsigned long CLINUX_KVM_KVMCLOCK_CTRL = KVM_KVMCLOCK_CTRL;
+static const unsigned long CLINUX_KVM_GET_FPU = KVM_GET_FPU;
+static const unsigned long CLINUX_KVM_SET_FPU = KVM_SET_FPU;
+static const unsigned long CLINUX_KVM_SET_SIGNAL_MASK = KVM_SET_SIGNAL_MASK;
+static const unsigned long CLINUX_KVM_SET_MEMORY_ATTRIBUTES = KVM_SET_MEMORY_ATTRIBUTES;
+static const unsigned long CLINUX_KVM_HAS_DEVICE_ATTR = KVM_HAS_DEVICE_ATTR;
+/// memfd_create(2); glibc's declaration is hidden behind _GNU_SOURCE, which the importer does not set.
+int clinux_memfd_create(const char *name, unsigned int flags);
+
+/// Thread ids and directed signals, for the kick that takes a vCPU thread out of KVM_RUN.
+int clinux_gettid(void);
+int clinux_tgkill(int process, int thread, int signal);
+
+/// Installs a handler that does nothing, without SA_RESTART, so that the signal makes KVM_RUN return EINTR.
+int clinux_install_kick_handler(int signal);

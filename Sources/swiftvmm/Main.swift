@@ -1,0 +1,6 @@
+import ArgumentParser
+
+@main
+struct SwiftVMM: ParsableCommand {
+  func run() {}
+}
