@@ -3,14 +3,9 @@
 // linux/ and asm/ are the kernel's UAPI headers (GPL-2.0 WITH Linux-syscall-note), taken unchanged from Debian's
 // linux-libc-dev 7.2.12-1~bpo13+1: the distribution's own are older than the kernels swiftvmm runs on.
 #pragma once
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include <stdint.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <sys/timerfd.h>
 #include <linux/kvm.h>
 
 // ioctl numbers: _IO macros do not import.
@@ -81,8 +76,16 @@ static const unsigned long CLINUX_KVM_SET_FPU = KVM_SET_FPU;
 static const unsigned long CLINUX_KVM_SET_SIGNAL_MASK = KVM_SET_SIGNAL_MASK;
 static const unsigned long CLINUX_KVM_SET_MEMORY_ATTRIBUTES = KVM_SET_MEMORY_ATTRIBUTES;
 static const unsigned long CLINUX_KVM_HAS_DEVICE_ATTR = KVM_HAS_DEVICE_ATTR;
-/// memfd_create(2); glibc's declaration is hidden behind _GNU_SOURCE, which the importer does not set.
-int clinux_memfd_create(const char *name, unsigned int flags);
+// Calls that glibc declares only under _GNU_SOURCE, which the importer does not set.
+
+/// memfd_create(2) with close-on-exec, then sealed against shrinking: -1 and errno on failure.
+int clinux_memory_file(const char *name, int64_t size);
+
+/// epoll_pwait2(2) without a signal mask; a negative timeout waits for ever.
+int clinux_epoll_wait(int epoll, struct epoll_event *events, int capacity, int64_t timeout_nanoseconds);
+
+/// Names the calling thread for debuggers; 15 bytes at most.
+void clinux_name_thread(const char *name);
 
 /// Thread ids and directed signals, for the kick that takes a vCPU thread out of KVM_RUN.
 int clinux_gettid(void);
@@ -90,3 +93,18 @@ int clinux_tgkill(int process, int thread, int signal);
 
 /// Installs a handler that does nothing, without SA_RESTART, so that the signal makes KVM_RUN return EINTR.
 int clinux_install_kick_handler(int signal);
+
+// Guest memory is shared with running vCPUs: every access is volatile, and naturally aligned ones are single.
+#define CLINUX_VOLATILE(bits)                                                                     \
+  typedef uint##bits##_t clinux_unaligned##bits __attribute__((aligned(1)));                      \
+  static inline uint##bits##_t clinux_load##bits(const void *address) {                           \
+    return *(const volatile clinux_unaligned##bits *)address;                                     \
+  }                                                                                               \
+  static inline void clinux_store##bits(void *address, uint##bits##_t value) {                    \
+    *(volatile clinux_unaligned##bits *)address = value;                                          \
+  }
+CLINUX_VOLATILE(8)
+CLINUX_VOLATILE(16)
+CLINUX_VOLATILE(32)
+CLINUX_VOLATILE(64)
+#undef CLINUX_VOLATILE

@@ -1,0 +1,139 @@
+import GuestMemory
+import StateTree
+
+/// What runs a machine's vCPUs: KVM, or a CPU in software. Everything above sees only these protocols.
+public protocol Accelerator: Sendable {
+  /// The name that `--engine` takes and reports print.
+  var name: String { get }
+  /// What this accelerator can do on this host.
+  var capabilities: AcceleratorCapabilities { get }
+  /// CPUID leaves that a vCPU can be given here, before any policy.
+  func supportedCPUID() throws(AcceleratorError) -> [CPUIDLeaf]
+  /// A virtual machine without slots or vCPUs.
+  func makeVirtualMachine(
+    memory: GuestMemory, interrupts: InterruptControllerModel
+  ) throws(AcceleratorError) -> any VirtualMachine
+}
+
+/// Where the interrupt controllers live.
+public enum InterruptControllerModel: String, Sendable, CaseIterable {
+  /// PIC, IOAPIC, LAPICs and PIT in the accelerator.
+  case inKernel
+  /// LAPICs in the accelerator; PIC, IOAPIC and PIT in the VMM.
+  case split
+  /// All of them in the VMM.
+  case userSpace
+}
+
+/// What an accelerator can do on this host; tests and `doctor` ask before they use it.
+public struct AcceleratorCapabilities: OptionSet, Sendable {
+  /// A bit a capability.
+  public let rawValue: UInt32
+  /// A bit a capability.
+  public init(rawValue: UInt32) { self.rawValue = rawValue }
+  /// Slots that the guest reads and fetches natively and whose writes exit.
+  public static let readOnlyMemory = Self(rawValue: 1 << 0)
+  /// Pages written by the guest, as a bitmap a slot.
+  public static let dirtyLog = Self(rawValue: 1 << 1)
+  /// Pages written by the guest, as a ring a vCPU.
+  public static let dirtyRing = Self(rawValue: 1 << 2)
+  /// PIC, IOAPIC, LAPIC and PIT in the accelerator.
+  public static let inKernelInterrupts = Self(rawValue: 1 << 3)
+  /// LAPIC in the accelerator, the rest in the VMM.
+  public static let splitInterrupts = Self(rawValue: 1 << 4)
+  /// Interrupts from an eventfd, and guest writes to one, without leaving the accelerator.
+  public static let eventNotifiers = Self(rawValue: 1 << 5)
+  /// Single step and execute breakpoints in ring 0.
+  public static let guestDebug = Self(rawValue: 1 << 6)
+  /// Data watchpoints that fire.
+  public static let watchpoints = Self(rawValue: 1 << 7)
+  /// Ring 0 runs at the speed of the processor (or of the translator), not one instruction at a time.
+  public static let nativeRing0 = Self(rawValue: 1 << 8)
+  /// Execute permission of a page apart from read permission.
+  public static let executePermission = Self(rawValue: 1 << 9)
+}
+
+/// One virtual machine of an accelerator. Its methods may be called from any thread.
+public protocol VirtualMachine: AnyObject, Sendable {
+  /// RAM behind the slots.
+  var memory: GuestMemory { get }
+  /// Where the interrupt controllers live.
+  var interrupts: InterruptControllerModel { get }
+
+  /// Adds the slot, or replaces the one with its number.
+  func setMemorySlot(_ slot: MemorySlot) throws(AcceleratorError)
+  /// Removes a slot; accesses to its range exit from then on.
+  func removeMemorySlot(_ number: UInt32) throws(AcceleratorError)
+
+  /// A vCPU with `index` as its APIC id and the leaves of `cpuid`, in the state that follows reset.
+  func makeVCPU(index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) -> any VirtualCPU
+
+  /// Drives an input of the accelerator's interrupt controllers.
+  func setInterruptLine(_ gsi: UInt32, level: Bool) throws(AcceleratorError)
+  /// Delivers a message-signalled interrupt (SDM vol. 3, 11.11).
+  func signalMSI(address: UInt64, data: UInt32) throws(AcceleratorError)
+  /// Replaces the routes of all GSIs.
+  func setInterruptRoutes(_ routes: [InterruptRoute]) throws(AcceleratorError)
+  /// Raises `gsi` whenever the eventfd is signalled (edge; with `resample`, level until the guest's EOI signals that one).
+  func attachInterrupt(_ gsi: UInt32, eventDescriptor: Int32, resample: Int32?) throws(AcceleratorError)
+  /// Undoes `attachInterrupt`.
+  func detachInterrupt(_ gsi: UInt32, eventDescriptor: Int32) throws(AcceleratorError)
+  /// Signals the eventfd instead of exiting when the guest writes to the doorbell.
+  func attachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError)
+  /// Undoes `attachDoorbell`.
+  func detachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError)
+
+  /// Pages of a slot that the guest wrote since the last call, lowest page in bit 0 of the first word.
+  ///
+  /// The slot was set with `logsDirtyPages`. The VMM's own writes are in `GuestMemory.dirty`.
+  func takeDirtyLog(slot: UInt32) throws(AcceleratorError) -> [UInt64]
+  /// Pages that the vCPUs' dirty rings hold, as (slot, page in the slot); the rings are empty afterwards.
+  func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)]
+
+  /// Guest time of the paravirtual clock in nanoseconds, where there is one.
+  func readClock() throws(AcceleratorError) -> UInt64
+  /// Sets what `readClock` returns.
+  func writeClock(_ nanoseconds: UInt64) throws(AcceleratorError)
+  /// Interrupt controllers, timers and clock of the accelerator; vCPUs are apart.
+  func save() throws(AcceleratorError) -> StateNode
+  /// Puts a saved state in place.
+  func restore(_ node: StateNode) throws(AcceleratorError)
+}
+
+/// One virtual CPU. `run` and the state belong to the thread that runs it; `kick` may come from any.
+public protocol VirtualCPU: AnyObject {
+  /// Its number and APIC id.
+  var index: Int { get }
+
+  /// Runs the guest until it needs the VMM, or until `kick`.
+  ///
+  /// The answer to a read of `.portIO` or `.memoryIO` is put where the exit's data pointer points, and taken by the next `run`.
+  func run() throws(AcceleratorError) -> VCPUExit
+  /// Completes what the last exit left half done (a port read's result, say) without running any guest instruction,
+  /// so that the state read afterwards is whole.
+  func completeExit() throws(AcceleratorError)
+  /// Makes `run` return `.interrupted` soon: now if it runs, else the next time it is called.
+  nonisolated func kick()
+
+  /// The whole state.
+  func readState() throws(AcceleratorError) -> VCPUState
+  /// Replaces the whole state.
+  func writeState(_ state: VCPUState) throws(AcceleratorError)
+  /// General registers, RIP and RFLAGS alone: the cheap part.
+  func readRegisters() throws(AcceleratorError) -> GeneralRegisters
+  /// Replaces the general registers, RIP and RFLAGS.
+  func writeRegisters(_ registers: GeneralRegisters) throws(AcceleratorError)
+  /// Segment, control and descriptor-table registers, EFER and the APIC base.
+  func readSystemRegisters() throws(AcceleratorError) -> SystemRegisters
+  /// Replaces segment, control and descriptor-table registers, EFER and the APIC base.
+  func writeSystemRegisters(_ registers: SystemRegisters) throws(AcceleratorError)
+
+  /// Makes an external interrupt pending at the processor's INTR pin; only where the LAPIC is in the VMM.
+  func injectInterrupt(vector: UInt8) throws(AcceleratorError)
+  /// Makes a non-maskable interrupt pending.
+  func injectNMI() throws(AcceleratorError)
+  /// Guest-physical address of a linear address by the vCPU's own page tables; nil where it is not mapped.
+  func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress?
+  /// Single step and hardware breakpoints on behalf of a debugger.
+  func setDebug(_ control: DebugControl) throws(AcceleratorError)
+}

@@ -1,0 +1,143 @@
+import GuestMemory
+
+/// Why a vCPU came back from the guest. Data pointers are valid until the next call on the vCPU.
+public enum VCPUExit {
+  /// An `in`, `out`, `ins` or `outs`.
+  case portIO(PortAccess)
+  /// A data access to an address without a slot, or a write to a read-only one.
+  case memoryIO(MemoryAccess)
+  /// `hlt` with the LAPIC in the VMM, or with interrupts off for good.
+  case halt
+  /// `kick`, or a signal.
+  case interrupted
+  /// The interrupt window that the VMM asked for is open.
+  case interruptWindow
+  /// A triple fault.
+  case tripleFault
+  /// The guest asked for power-off, reset, or reported a crash, by a call of the accelerator.
+  case systemEvent(SystemEvent)
+  /// A breakpoint, step or watchpoint of the debugger.
+  case debug(DebugEvent)
+  /// An instruction that the accelerator cannot execute; the state is the one before it. `bytes` may be empty.
+  case emulationFailure(bytes: [UInt8])
+  /// An instruction was fetched from, or page tables lie in, guest-physical space without a slot.
+  case memoryFault(GuestPhysicalAddress, size: UInt64, flags: UInt64)
+  /// An end of interrupt for a level-triggered vector, for an IOAPIC in the VMM.
+  case endOfInterrupt(vector: UInt8)
+  /// A dirty ring is full: collect before running on.
+  case dirtyRingFull
+  /// A hypercall that the accelerator passes on; the result goes to `result`.
+  case hypercall(
+    number: UInt64, arguments: (UInt64, UInt64, UInt64, UInt64, UInt64), result: UnsafeMutablePointer<UInt64>)
+  /// The processor refused to enter the guest.
+  case entryFailure(reason: UInt64)
+  /// The accelerator gave up.
+  case internalError(subcode: UInt32, data: [UInt64])
+  /// A reason this program does not know.
+  case unknown(reason: UInt32)
+}
+
+/// What the guest asked for in a `systemEvent`.
+public enum SystemEvent: UInt32, Sendable {
+  /// Power off.
+  case shutdown = 1
+  /// Reset.
+  case reset = 2
+  /// The guest's kernel crashed.
+  case crash = 3
+}
+
+/// One port access: `count` items of `size` bytes each, one after another at `data`.
+public struct PortAccess {
+  /// First port.
+  public let port: UInt16
+  /// Bytes an item: 1, 2 or 4.
+  public let size: UInt8
+  /// Whether the guest writes.
+  public let isWrite: Bool
+  /// Items; more than one for string instructions.
+  public let count: UInt32
+  /// `size * count` bytes: the guest's when it writes, the VMM's when it reads.
+  public let data: UnsafeMutableRawPointer
+
+  /// An access as the accelerator saw it.
+  public init(port: UInt16, size: UInt8, isWrite: Bool, count: UInt32, data: UnsafeMutableRawPointer) {
+    self.port = port
+    self.size = size
+    self.isWrite = isWrite
+    self.count = count
+    self.data = data
+  }
+}
+
+/// One memory access outside the slots.
+public struct MemoryAccess {
+  /// First byte.
+  public let address: GuestPhysicalAddress
+  /// Bytes, 1 to 8.
+  public let size: UInt8
+  /// Whether the guest writes.
+  public let isWrite: Bool
+  /// `size` bytes: the guest's when it writes, the VMM's when it reads.
+  public let data: UnsafeMutableRawPointer
+
+  /// An access as the accelerator saw it.
+  public init(address: GuestPhysicalAddress, size: UInt8, isWrite: Bool, data: UnsafeMutableRawPointer) {
+    self.address = address
+    self.size = size
+    self.isWrite = isWrite
+    self.data = data
+  }
+}
+
+/// What stopped a vCPU for the debugger.
+public struct DebugEvent: Sendable {
+  /// Linear address of the next instruction (of the breakpoint itself for a breakpoint).
+  public let address: UInt64
+  /// DR6: which breakpoint (bits 0-3) or step (bit 14).
+  public let status: UInt64
+  /// The exception: 1 (#DB) or 3 (#BP).
+  public let vector: UInt8
+
+  /// An event as the accelerator saw it.
+  public init(address: UInt64, status: UInt64, vector: UInt8) {
+    self.address = address
+    self.status = status
+    self.vector = vector
+  }
+}
+
+/// What a debugger wants of a vCPU. The guest's own debug registers are not touched.
+public struct DebugControl: Equatable, Sendable {
+  /// One of up to four hardware breakpoints.
+  public struct Breakpoint: Equatable, Sendable {
+    /// What it watches, as DR7's R/W field encodes it.
+    public enum Kind: UInt8, Sendable {
+      case execute = 0
+      case write = 1
+      case access = 3
+    }
+    /// Linear address.
+    public var address: UInt64
+    /// What it watches.
+    public var kind: Kind
+    /// Bytes: 1, 2, 4 or 8; 1 for `execute`.
+    public var length: UInt8
+
+    /// A breakpoint on a linear address.
+    public init(address: UInt64, kind: Kind, length: UInt8) {
+      self.address = address
+      self.kind = kind
+      self.length = length
+    }
+  }
+  /// Stop after each instruction.
+  public var singleStep = false
+  /// At most four.
+  public var breakpoints: [Breakpoint] = []
+  /// Whether the debugger wants the guest's `int3` (its own software breakpoints).
+  public var software = false
+
+  /// No debugging.
+  public init() {}
+}

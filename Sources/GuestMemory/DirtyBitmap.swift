@@ -1,0 +1,48 @@
+import Synchronization
+
+/// One bit a 4 KiB page of the memory file, set by the VMM's own writes while tracking is on.
+///
+/// Marking is wait-free and may come from any thread; `take` sees every mark made before it was called.
+public final class DirtyBitmap: @unchecked Sendable {
+  /// Number of pages.
+  public let pages: Int
+
+  private let words: UnsafeMutablePointer<Atomic<UInt64>>
+  private let wordCount: Int
+  private let tracking = Atomic(false)
+
+  /// A clean bitmap that does not track yet.
+  public init(pages: Int) {
+    self.pages = pages
+    wordCount = (pages + 63) / 64
+    words = .allocate(capacity: max(1, wordCount))
+    for index in 0..<wordCount { (words + index).initialize(to: Atomic(0)) }
+  }
+
+  deinit {
+    words.deinitialize(count: wordCount)
+    words.deallocate()
+  }
+
+  /// Whether writes are recorded.
+  @inline(__always)
+  public var isTracking: Bool { tracking.load(ordering: .acquiring) }
+
+  /// Starts from a clean bitmap, or stops recording.
+  public func setTracking(_ on: Bool) {
+    if on { _ = take() }
+    tracking.store(on, ordering: .releasing)
+  }
+
+  /// Marks pages `firstPage` to `lastPage`, both included.
+  public func mark(firstPage: Int, lastPage: Int) {
+    for page in firstPage...lastPage {
+      words[page >> 6].bitwiseOr(1 << UInt64(page & 63), ordering: .relaxed)
+    }
+  }
+
+  /// The bitmap as 64-page words, lowest page in bit 0; it is clean afterwards.
+  public func take() -> [UInt64] {
+    (0..<wordCount).map { words[$0].exchange(0, ordering: .acquiring) }
+  }
+}

@@ -1,0 +1,219 @@
+import CLinux
+import Glibc
+import Host
+
+/// Why guest memory could not be made or touched.
+public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
+  /// Part of the access lies outside guest RAM.
+  case outside(GuestPhysicalAddress, count: Int)
+  /// Two regions share addresses.
+  case overlap(GuestRange, GuestRange)
+  /// A region is not made of whole 4 KiB pages.
+  case unaligned(GuestRange)
+  /// The guest asks for more than the host has.
+  case exceedsHost(requested: UInt64, host: UInt64)
+  /// The host refused the memory.
+  case host(HostError)
+
+  /// One line: what failed, with the addresses.
+  public var description: String {
+    switch self {
+    case .outside(let address, let count): "\(count) bytes at guest-physical \(address) are not all in guest RAM"
+    case .overlap(let a, let b): "memory regions \(a) and \(b) overlap"
+    case .unaligned(let range): "memory region \(range) is not made of whole 4 KiB pages"
+    case .exceedsHost(let requested, let host):
+      "guest memory of \(requested >> 20) MiB exceeds the host's \(host >> 20) MiB: ask for less with --memory"
+    case .host(let error): "guest memory: \(error)"
+    }
+  }
+}
+
+/// One run of guest RAM and where the host holds it.
+public struct GuestRegion: Sendable {
+  /// Guest-physical addresses of the region.
+  public let range: GuestRange
+  /// Offset of its first byte in the memory file.
+  public let fileOffset: UInt64
+  /// The host's address of its first byte.
+  public nonisolated(unsafe) let hostBase: UnsafeMutableRawPointer
+}
+
+/// The guest's RAM: one memory file, mapped once, shown to the guest as regions with holes between them.
+///
+/// The guest changes it at any moment, so it is never a Swift reference or span: integers are read and written
+/// volatile and singly, bulk data is copied out before it is looked at. Bounds are checked here and nowhere else.
+public final class GuestMemory: Sendable {
+  /// The regions, by rising address.
+  public let regions: [GuestRegion]
+  /// Pages written by the VMM itself, which no accelerator's log sees.
+  public let dirty: DirtyBitmap
+  /// The memory file behind every region, for peers that map it too.
+  public let file: FileDescriptor
+
+  private let mapping: MemoryMapping
+  private nonisolated(unsafe) let table: UnsafeMutablePointer<GuestRegion>
+
+  /// Makes RAM for `ranges`, which are whole pages and do not overlap; nothing is touched, so nothing is used yet.
+  public init(_ ranges: [GuestRange]) throws(GuestMemoryError) {
+    let ranges = ranges.sorted { $0.start < $1.start }
+    for range in ranges where (range.start.rawValue | range.size) & 0xfff != 0 || range.size == 0 {
+      throw .unaligned(range)
+    }
+    for (a, b) in zip(ranges, ranges.dropFirst()) where a.overlaps(b) { throw .overlap(a, b) }
+    var total: UInt64 = 0
+    for range in ranges { total = total.addingReportingOverflow(range.size).partialValue }
+    let host = UInt64(sysconf(Int32(_SC_PHYS_PAGES))) * UInt64(sysconf(Int32(_SC_PAGESIZE)))
+    guard total <= host else { throw .exceedsHost(requested: total, host: host) }
+    do {
+      file = try makeMemoryFile(name: "guest-ram", size: Int(total))
+      mapping = try MemoryMapping(file, count: Int(total))
+    } catch {
+      throw .host(error)
+    }
+    mapping.adviseHugePages()
+    var offset: UInt64 = 0
+    var regions: [GuestRegion] = []
+    for range in ranges {
+      regions.append(GuestRegion(range: range, fileOffset: offset, hostBase: mapping.base + Int(offset)))
+      offset += range.size
+    }
+    self.regions = regions
+    dirty = DirtyBitmap(pages: Int(total >> 12))
+    table = .allocate(capacity: regions.count)
+    table.initialize(from: regions, count: regions.count)
+  }
+
+  deinit {
+    table.deinitialize(count: regions.count)
+    table.deallocate()
+  }
+
+  /// Bytes of RAM in all regions.
+  public var size: UInt64 { UInt64(mapping.count) }
+
+  /// The host's address of `count` bytes that lie in one region; nil where they do not.
+  ///
+  /// Whoever writes through it calls `markDirty`. The bytes change under the reader's feet: copy, then look.
+  @inline(__always)
+  public func hostPointer(_ address: GuestPhysicalAddress, count: Int) -> UnsafeMutableRawPointer? {
+    for index in 0..<regions.count {
+      let range = table[index].range
+      let offset = address.rawValue &- range.start.rawValue
+      if offset < range.size, count >= 0, UInt64(count) <= range.size &- offset {
+        return table[index].hostBase + Int(offset)
+      }
+    }
+    return nil
+  }
+
+  /// Reads one little-endian integer, with a single access where it is naturally aligned.
+  public func read<T: FixedWidthInteger>(
+    _ address: GuestPhysicalAddress, as type: T.Type = T.self
+  ) throws(GuestMemoryError) -> T {
+    let count = MemoryLayout<T>.size
+    guard let pointer = hostPointer(address, count: count) else { throw .outside(address, count: count) }
+    return switch count {
+    case 1: T(truncatingIfNeeded: clinux_load8(pointer))
+    case 2: T(truncatingIfNeeded: clinux_load16(pointer))
+    case 4: T(truncatingIfNeeded: clinux_load32(pointer))
+    default: T(truncatingIfNeeded: clinux_load64(pointer))
+    }
+  }
+
+  /// Writes one little-endian integer, with a single access where it is naturally aligned.
+  public func write<T: FixedWidthInteger>(
+    _ value: T, to address: GuestPhysicalAddress
+  ) throws(GuestMemoryError) {
+    let count = MemoryLayout<T>.size
+    guard let pointer = hostPointer(address, count: count) else { throw .outside(address, count: count) }
+    switch count {
+    case 1: clinux_store8(pointer, UInt8(truncatingIfNeeded: value))
+    case 2: clinux_store16(pointer, UInt16(truncatingIfNeeded: value))
+    case 4: clinux_store32(pointer, UInt32(truncatingIfNeeded: value))
+    default: clinux_store64(pointer, UInt64(truncatingIfNeeded: value))
+    }
+    markDirty(pointer, count: count)
+  }
+
+  /// Copies guest bytes into `buffer`; the range may cross adjoining regions.
+  public func read(
+    _ address: GuestPhysicalAddress, into buffer: UnsafeMutableRawBufferPointer
+  ) throws(GuestMemoryError) {
+    try forEachRun(address, count: buffer.count) { pointer, offset, count in
+      memcpy(buffer.baseAddress! + offset, pointer, count)
+    }
+  }
+
+  /// A copy of `count` guest bytes.
+  public func bytes(_ address: GuestPhysicalAddress, count: Int) throws(GuestMemoryError) -> [UInt8] {
+    guard hostPointer(address, count: min(count, 1)) != nil, count <= Int(clamping: size) else {
+      throw .outside(address, count: count)
+    }
+    var bytes = [UInt8](repeating: 0, count: count)
+    // A typed throw does not pass through withUnsafe…'s rethrows unchanged, so the error travels in a Result.
+    let result = bytes.withUnsafeMutableBytes { buffer in
+      Result { () throws(GuestMemoryError) in try read(address, into: buffer) }
+    }
+    try result.get()
+    return bytes
+  }
+
+  /// Copies `buffer` into guest RAM; the range may cross adjoining regions. Nothing is written on an error.
+  public func write(
+    _ buffer: UnsafeRawBufferPointer, to address: GuestPhysicalAddress
+  ) throws(GuestMemoryError) {
+    try forEachRun(address, count: buffer.count) { pointer, offset, count in
+      memcpy(pointer, buffer.baseAddress! + offset, count)
+      markDirty(pointer, count: count)
+    }
+  }
+
+  /// Copies `bytes` into guest RAM. Nothing is written on an error.
+  public func write(_ bytes: [UInt8], to address: GuestPhysicalAddress) throws(GuestMemoryError) {
+    let result = bytes.withUnsafeBytes { buffer in
+      Result { () throws(GuestMemoryError) in try write(buffer, to: address) }
+    }
+    try result.get()
+  }
+
+  /// Sets `count` bytes to `value`. Nothing is written on an error.
+  public func fill(
+    _ address: GuestPhysicalAddress, count: Int, with value: UInt8
+  ) throws(GuestMemoryError) {
+    try forEachRun(address, count: count) { pointer, _, count in
+      memset(pointer, Int32(value), count)
+      markDirty(pointer, count: count)
+    }
+  }
+
+  /// Records that the VMM wrote `count` bytes at a host address of this memory.
+  @inline(__always)
+  public func markDirty(_ pointer: UnsafeMutableRawPointer, count: Int) {
+    guard dirty.isTracking, count > 0 else { return }
+    let offset = pointer - mapping.base
+    dirty.mark(firstPage: offset >> 12, lastPage: (offset + count - 1) >> 12)
+  }
+
+  /// Calls `body` with host address, offset in the access and length of each run, after all bounds are checked.
+  private func forEachRun(
+    _ address: GuestPhysicalAddress, count: Int, _ body: (UnsafeMutableRawPointer, Int, Int) -> Void
+  ) throws(GuestMemoryError) {
+    guard count > 0 else { return }
+    if let pointer = hostPointer(address, count: count) {
+      body(pointer, 0, count)
+      return
+    }
+    var runs: [(UnsafeMutableRawPointer, Int, Int)] = []
+    var done = 0
+    while done < count {
+      let (position, overflow) = address.rawValue.addingReportingOverflow(UInt64(done))
+      let region = regions.first { $0.range.contains(GuestPhysicalAddress(position)) }
+      guard !overflow, let region else { throw .outside(address, count: count) }
+      let offset = position - region.range.start.rawValue
+      let run = min(count - done, Int(region.range.size - offset))
+      runs.append((region.hostBase + Int(offset), done, run))
+      done += run
+    }
+    for (pointer, offset, count) in runs { body(pointer, offset, count) }
+  }
+}

@@ -1,0 +1,78 @@
+import CLinux
+import Glibc
+import Synchronization
+
+/// A joinable POSIX thread with a name, for vCPUs and event loops, which are never Tasks.
+public final class HostThread: @unchecked Sendable {
+  private let handle: pthread_t
+  private let joined = Mutex(false)
+
+  /// Starts a thread that runs `body` once.
+  /// Debuggers show the name, of which the kernel keeps 15 bytes.
+  public init(name: String, _ body: @escaping @Sendable () -> Void) throws(HostError) {
+    let box = Unmanaged.passRetained(Body(name: name, run: body))
+    var handle = pthread_t()
+    let code = pthread_create(
+      &handle, nil,
+      { argument in
+        let body = Unmanaged<Body>.fromOpaque(argument!).takeRetainedValue()
+        clinux_name_thread(String(body.name.prefix(15)))
+        body.run()
+        return nil
+      }, box.toOpaque())
+    guard code == 0 else {
+      box.release()
+      throw .thread(name: name, errno: code)
+    }
+    self.handle = handle
+  }
+
+  /// Waits until the body has returned. Further calls return at once.
+  public func join() {
+    joined.withLock { joined in
+      guard !joined else { return }
+      pthread_join(handle, nil)
+      joined = true
+    }
+  }
+
+  private final class Body: Sendable {
+    let name: String
+    let run: @Sendable () -> Void
+
+    init(name: String, run: @escaping @Sendable () -> Void) {
+      self.name = name
+      self.run = run
+    }
+  }
+}
+
+/// The calling thread as a target of directed signals.
+public struct ThreadIdentity: Sendable {
+  /// Sent to a vCPU thread to take it out of the guest; its handler does nothing.
+  public static let kickSignal: Int32 = SIGUSR1
+
+  private let thread: Int32
+
+  /// The calling thread.
+  public static var current: ThreadIdentity { ThreadIdentity(thread: clinux_gettid()) }
+
+  /// Makes system calls of that thread that can be interrupted return EINTR.
+  ///
+  /// A thread that has ended is no error: there is nothing left to interrupt.
+  public func interrupt() {
+    _ = clinux_tgkill(getpid(), thread, Self.kickSignal)
+  }
+
+  /// Installs the kick signal's empty handler, once per process.
+  public static func installKickHandler() throws(HostError) {
+    _ = try check("sigaction", clinux_install_kick_handler(kickSignal))
+  }
+}
+
+/// Nanoseconds of the host's monotonic clock.
+public func monotonicNanoseconds() -> UInt64 {
+  var time = timespec()
+  clock_gettime(CLOCK_MONOTONIC, &time)
+  return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
+}
