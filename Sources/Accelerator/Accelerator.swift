@@ -100,8 +100,11 @@ public protocol VirtualMachine: AnyObject, Sendable {
   func restore(_ node: StateNode) throws(AcceleratorError)
 }
 
-/// One virtual CPU. `run` and the state belong to the thread that runs it; `kick` may come from any.
-public protocol VirtualCPU: AnyObject {
+/// One virtual CPU.
+///
+/// `run` and the state belong to the thread that runs it, and to whoever holds the machine paused; `kick` may come
+/// from any thread. That contract, not a lock, makes it Sendable: a lock would stand in every exit's way.
+public protocol VirtualCPU: AnyObject, Sendable {
   /// Its number and APIC id.
   var index: Int { get }
 
@@ -113,7 +116,7 @@ public protocol VirtualCPU: AnyObject {
   /// so that the state read afterwards is whole.
   func completeExit() throws(AcceleratorError)
   /// Makes `run` return `.interrupted` soon: now if it runs, else the next time it is called.
-  nonisolated func kick()
+  func kick()
 
   /// The whole state.
   func readState() throws(AcceleratorError) -> VCPUState
@@ -130,6 +133,10 @@ public protocol VirtualCPU: AnyObject {
 
   /// Makes an external interrupt pending at the processor's INTR pin; only where the LAPIC is in the VMM.
   func injectInterrupt(vector: UInt8) throws(AcceleratorError)
+  /// Whether an external interrupt could be injected now; only where the LAPIC is in the VMM.
+  var isInterruptible: Bool { get }
+  /// Asks for `.interruptWindow` as soon as one could be.
+  func requestInterruptWindow(_ wanted: Bool)
   /// Makes a non-maskable interrupt pending.
   func injectNMI() throws(AcceleratorError)
   /// Guest-physical address of a linear address by the vCPU's own page tables; nil where it is not mapped.

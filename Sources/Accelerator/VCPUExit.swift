@@ -18,8 +18,8 @@ public enum VCPUExit {
   case systemEvent(SystemEvent)
   /// A breakpoint, step or watchpoint of the debugger.
   case debug(DebugEvent)
-  /// An instruction that the accelerator cannot execute; the state is the one before it. `bytes` may be empty.
-  case emulationFailure(bytes: [UInt8])
+  /// An instruction that the accelerator cannot execute; the state is the one before it.
+  case emulationFailure(InstructionBytes)
   /// An instruction was fetched from, or page tables lie in, guest-physical space without a slot.
   case memoryFault(GuestPhysicalAddress, size: UInt64, flags: UInt64)
   /// An end of interrupt for a level-triggered vector, for an IOAPIC in the VMM.
@@ -32,7 +32,7 @@ public enum VCPUExit {
   /// The processor refused to enter the guest.
   case entryFailure(reason: UInt64)
   /// The accelerator gave up.
-  case internalError(subcode: UInt32, data: [UInt64])
+  case internalError(subcode: UInt32, data: (UInt64, UInt64, UInt64, UInt64))
   /// A reason this program does not know.
   case unknown(reason: UInt32)
 }
@@ -45,6 +45,31 @@ public enum SystemEvent: UInt32, Sendable {
   case reset = 2
   /// The guest's kernel crashed.
   case crash = 3
+}
+
+/// Up to 15 bytes of an instruction, kept in the exit itself; `count` is 0 where the accelerator has none.
+public struct InstructionBytes: Equatable, Sendable {
+  /// Bytes 0-7, the first in the low bits.
+  public var low: UInt64
+  /// Bytes 8-14.
+  public var high: UInt64
+  /// How many there are.
+  public var count: UInt8
+
+  /// The bytes, at most 15 of them.
+  public init(low: UInt64 = 0, high: UInt64 = 0, count: UInt8 = 0) {
+    self.low = low
+    self.high = high
+    self.count = min(count, 15)
+  }
+
+  /// The bytes as an array.
+  public var array: [UInt8] {
+    (0..<UInt64(count)).map { position in
+      let half = position < 8 ? low : high
+      return UInt8(truncatingIfNeeded: half >> (position % 8 * 8))
+    }
+  }
 }
 
 /// One port access: `count` items of `size` bytes each, one after another at `data`.

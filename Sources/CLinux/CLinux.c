@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "CLinux.h"
+#include <cpuid.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -35,4 +36,10 @@ int clinux_install_kick_handler(int signal) {
   struct sigaction action = {.sa_handler = ignore};
   sigemptyset(&action.sa_mask);
   return sigaction(signal, &action, 0);
+}
+
+struct clinux_cpuid_result clinux_cpuid(uint32_t function, uint32_t index) {
+  struct clinux_cpuid_result result = {0};
+  __cpuid_count(function, index, result.eax, result.ebx, result.ecx, result.edx);
+  return result;
 }

@@ -76,6 +76,27 @@ static const unsigned long CLINUX_KVM_SET_FPU = KVM_SET_FPU;
 static const unsigned long CLINUX_KVM_SET_SIGNAL_MASK = KVM_SET_SIGNAL_MASK;
 static const unsigned long CLINUX_KVM_SET_MEMORY_ATTRIBUTES = KVM_SET_MEMORY_ATTRIBUTES;
 static const unsigned long CLINUX_KVM_HAS_DEVICE_ATTR = KVM_HAS_DEVICE_ATTR;
+// Flags whose macros do not import.
+static const uint32_t CLINUX_KVM_MEM_LOG_DIRTY_PAGES = KVM_MEM_LOG_DIRTY_PAGES;
+static const uint32_t CLINUX_KVM_MEM_READONLY = KVM_MEM_READONLY;
+static const uint32_t CLINUX_KVM_IRQFD_FLAG_DEASSIGN = KVM_IRQFD_FLAG_DEASSIGN;
+static const uint32_t CLINUX_KVM_IRQFD_FLAG_RESAMPLE = KVM_IRQFD_FLAG_RESAMPLE;
+static const uint32_t CLINUX_KVM_IOEVENTFD_FLAG_DATAMATCH = KVM_IOEVENTFD_FLAG_DATAMATCH;
+static const uint32_t CLINUX_KVM_IOEVENTFD_FLAG_PIO = KVM_IOEVENTFD_FLAG_PIO;
+static const uint32_t CLINUX_KVM_IOEVENTFD_FLAG_DEASSIGN = KVM_IOEVENTFD_FLAG_DEASSIGN;
+static const uint32_t CLINUX_KVM_CPUID_FLAG_SIGNIFCANT_INDEX = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+static const uint32_t CLINUX_KVM_GUESTDBG_USE_SW_BP = KVM_GUESTDBG_USE_SW_BP;
+static const uint32_t CLINUX_KVM_GUESTDBG_USE_HW_BP = KVM_GUESTDBG_USE_HW_BP;
+static const uint32_t CLINUX_KVM_DIRTY_GFN_F_DIRTY = KVM_DIRTY_GFN_F_DIRTY;
+static const uint32_t CLINUX_KVM_DIRTY_GFN_F_RESET = KVM_DIRTY_GFN_F_RESET;
+static const uint32_t CLINUX_KVM_DIRTY_GFN_F_MASK = KVM_DIRTY_GFN_F_MASK;
+
+// One CPUID leaf of the processor this program runs on.
+struct clinux_cpuid_result {
+  uint32_t eax, ebx, ecx, edx;
+};
+struct clinux_cpuid_result clinux_cpuid(uint32_t function, uint32_t index);
+
 // Calls that glibc declares only under _GNU_SOURCE, which the importer does not set.
 
 /// memfd_create(2) with close-on-exec, then sealed against shrinking: -1 and errno on failure.

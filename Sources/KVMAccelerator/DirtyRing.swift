@@ -1,0 +1,35 @@
+import Accelerator
+import CLinux
+import Glibc
+import Host
+
+/// One vCPU's dirty ring (api.rst, 8.29): KVM appends, the VMM harvests and KVM resets.
+final class DirtyRing: @unchecked Sendable {
+  private let mapping: MemoryMapping
+  private let entries: Int
+  private var next = 0
+
+  init(vcpu: borrowing FileDescriptor, entries: Int) throws(AcceleratorError) {
+    do {
+      mapping = try MemoryMapping(
+        vcpu, offset: Int(KVM_DIRTY_LOG_PAGE_OFFSET) * 4096, count: entries * MemoryLayout<kvm_dirty_gfn>.stride)
+    } catch {
+      throw .call("mmap of the dirty ring", errno: error.errno, reason: HostError.reason(error.errno))
+    }
+    self.entries = entries
+  }
+
+  /// Takes the entries that KVM has published, in order, and marks them as harvested. The caller holds the VM's ring lock.
+  func collect() -> [(slot: UInt32, page: UInt64)] {
+    var pages: [(slot: UInt32, page: UInt64)] = []
+    let ring = mapping.base.assumingMemoryBound(to: kvm_dirty_gfn.self)
+    while true {
+      let entry = ring + next % entries
+      let flags = UnsafeMutableRawPointer(entry)
+      guard clinux_load32(flags) & CLINUX_KVM_DIRTY_GFN_F_MASK == CLINUX_KVM_DIRTY_GFN_F_DIRTY else { return pages }
+      pages.append((entry.pointee.slot & 0xffff, entry.pointee.offset))
+      clinux_store32(flags, CLINUX_KVM_DIRTY_GFN_F_RESET)
+      next &+= 1
+    }
+  }
+}

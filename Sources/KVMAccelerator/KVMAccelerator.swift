@@ -1,0 +1,158 @@
+import Accelerator
+import CLinux
+import Glibc
+import GuestMemory
+import Host
+
+/// Linux's KVM (Documentation/virt/kvm/api.rst), on VMX, SVM and paravirtual hosts.
+public final class KVMAccelerator: Accelerator {
+  /// The device file.
+  public static let devicePath = "/dev/kvm"
+
+  /// `kvm`.
+  public let name = "kvm"
+  /// What the host's KVM offers.
+  public let capabilities: AcceleratorCapabilities
+  let device: FileDescriptor
+  let vcpuMappingSize: Int
+  /// Entries of each vCPU's dirty ring; nil for the dirty log. KVM offers one or the other to a VM.
+  let dirtyRingEntries: Int?
+
+  /// Opens KVM and asks what it can do.
+  public init(path: String = KVMAccelerator.devicePath, dirtyRingEntries: Int? = nil) throws(AcceleratorError) {
+    do {
+      device = try FileDescriptor.open(path, O_RDWR)
+    } catch {
+      switch error.errno {
+      case EACCES, EPERM: throw .noPermission(path: path)
+      default: throw .missing(engine: "kvm", path: path, reason: HostError.reason(error.errno))
+      }
+    }
+    let version = try kvmCall("KVM_GET_API_VERSION", device.rawValue, CLINUX_KVM_GET_API_VERSION)
+    guard version == KVM_API_VERSION else {
+      throw .interfaceVersion(found: version, wanted: KVM_API_VERSION)
+    }
+    vcpuMappingSize = Int(try kvmCall("KVM_GET_VCPU_MMAP_SIZE", device.rawValue, CLINUX_KVM_GET_VCPU_MMAP_SIZE))
+    self.dirtyRingEntries = dirtyRingEntries
+    let descriptor = device.rawValue
+    func has(_ capability: Int32) -> Bool { ioctl(descriptor, CLINUX_KVM_CHECK_EXTENSION, capability) > 0 }
+    guard has(KVM_CAP_USER_MEMORY), has(KVM_CAP_IMMEDIATE_EXIT), has(KVM_CAP_XSAVE), has(KVM_CAP_XCRS) else {
+      throw .unsupported(engine: "kvm", what: "user memory, immediate exit or XSAVE state in its KVM")
+    }
+    var capabilities: AcceleratorCapabilities = [.dirtyLog]
+    if has(KVM_CAP_READONLY_MEM) { capabilities.insert(.readOnlyMemory) }
+    if has(KVM_CAP_DIRTY_LOG_RING) { capabilities.insert(.dirtyRing) }
+    if has(KVM_CAP_IRQCHIP), has(KVM_CAP_PIT2) { capabilities.insert(.inKernelInterrupts) }
+    if has(KVM_CAP_SPLIT_IRQCHIP) { capabilities.insert(.splitInterrupts) }
+    if has(KVM_CAP_IRQFD), has(KVM_CAP_IOEVENTFD) { capabilities.insert(.eventNotifiers) }
+    if has(KVM_CAP_SET_GUEST_DEBUG) { capabilities.insert(.guestDebug) }
+    if Self.hasHardwareVirtualization() { capabilities.formUnion([.nativeRing0, .watchpoints]) }
+    self.capabilities = capabilities
+  }
+
+  /// A capability's value (`KVM_CHECK_EXTENSION`); 0 where the host lacks it.
+  public func extensionValue(_ capability: Int32) -> Int32 {
+    max(0, ioctl(device.rawValue, CLINUX_KVM_CHECK_EXTENSION, capability))
+  }
+
+  /// Whether the processor shows VMX or SVM: without them KVM is paravirtual and emulates ring 0.
+  public static func hasHardwareVirtualization() -> Bool {
+    let vmx = clinux_cpuid(1, 0).ecx & 1 << 5 != 0
+    let extended = clinux_cpuid(0x8000_0000, 0).eax
+    let svm = extended >= 0x8000_0001 && clinux_cpuid(0x8000_0001, 0).ecx & 1 << 2 != 0
+    return vmx || svm
+  }
+
+  /// The leaves of `KVM_GET_SUPPORTED_CPUID`.
+  public func supportedCPUID() throws(AcceleratorError) -> [CPUIDLeaf] {
+    var capacity = 128
+    while true {
+      let table = CPUIDTable(capacity: capacity)
+      do {
+        _ = try kvmCall(
+          "KVM_GET_SUPPORTED_CPUID", device.rawValue, CLINUX_KVM_GET_SUPPORTED_CPUID, table.pointer)
+        return table.leaves
+      } catch .call(_, errno: E2BIG, _) where capacity < 4096 {
+        capacity *= 2
+      }
+    }
+  }
+
+  /// A virtual machine without slots or vCPUs.
+  public func makeVirtualMachine(
+    memory: GuestMemory, interrupts: InterruptControllerModel
+  ) throws(AcceleratorError) -> any VirtualMachine {
+    try KVMVirtualMachine(accelerator: self, memory: memory, interrupts: interrupts)
+  }
+}
+
+/// One ioctl without or with a pointer; EINTR is the caller's only where a signal is a message (KVM_RUN).
+@inline(__always)
+func kvmCall(
+  _ name: StaticString, _ descriptor: Int32, _ request: UInt, _ argument: UnsafeMutableRawPointer? = nil
+) throws(AcceleratorError) -> Int32 {
+  while true {
+    let result = if let argument { ioctl(descriptor, request, argument) } else { ioctl(descriptor, request, 0) }
+    if result >= 0 { return result }
+    let code = errno
+    if code == EINTR { continue }
+    throw .call("\(name)", errno: code, reason: HostError.reason(code))
+  }
+}
+
+/// One ioctl whose argument is a structure.
+@inline(__always)
+func kvmCall<Argument>(
+  _ name: StaticString, _ descriptor: Int32, _ request: UInt, with argument: inout Argument
+) throws(AcceleratorError) {
+  while true {
+    let result = withUnsafeMutablePointer(to: &argument) { ioctl(descriptor, request, UnsafeMutableRawPointer($0)) }
+    if result >= 0 { return }
+    let code = errno
+    if code == EINTR { continue }
+    throw .call("\(name)", errno: code, reason: HostError.reason(code))
+  }
+}
+
+/// `struct kvm_cpuid2`, whose entries are a flexible array member, which does not import.
+final class CPUIDTable {
+  let pointer: UnsafeMutableRawPointer
+  private let entries: UnsafeMutablePointer<kvm_cpuid_entry2>
+
+  init(capacity: Int) {
+    let header = MemoryLayout<kvm_cpuid2>.size
+    let size = header + capacity * MemoryLayout<kvm_cpuid_entry2>.stride
+    pointer = .allocate(byteCount: size, alignment: 8)
+    pointer.initializeMemory(as: UInt8.self, repeating: 0, count: size)
+    pointer.assumingMemoryBound(to: kvm_cpuid2.self).pointee.nent = UInt32(capacity)
+    entries = (pointer + header).assumingMemoryBound(to: kvm_cpuid_entry2.self)
+  }
+
+  convenience init(_ leaves: [CPUIDLeaf]) {
+    self.init(capacity: leaves.count)
+    for (index, leaf) in leaves.enumerated() {
+      entries[index].function = leaf.function
+      entries[index].index = leaf.index
+      entries[index].flags = leaf.hasIndex ? CLINUX_KVM_CPUID_FLAG_SIGNIFCANT_INDEX : 0
+      entries[index].eax = leaf.eax
+      entries[index].ebx = leaf.ebx
+      entries[index].ecx = leaf.ecx
+      entries[index].edx = leaf.edx
+    }
+  }
+
+  deinit {
+    pointer.deallocate()
+  }
+
+  var leaves: [CPUIDLeaf] {
+    let count = Int(pointer.assumingMemoryBound(to: kvm_cpuid2.self).pointee.nent)
+    return (0..<count).map { index in
+      let entry = entries[index]
+      return CPUIDLeaf(
+        function: entry.function, index: entry.index,
+        hasIndex: entry.flags & CLINUX_KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0, eax: entry.eax, ebx: entry.ebx,
+        ecx: entry.ecx, edx: entry.edx)
+    }
+  }
+}

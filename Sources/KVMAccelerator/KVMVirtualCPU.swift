@@ -1,0 +1,188 @@
+import Accelerator
+import CLinux
+import Glibc
+import GuestMemory
+import Host
+import StateTree
+import Synchronization
+
+/// One KVM vCPU: the run call, its exits, debugging. Its state is in KVMVirtualCPU+State.swift.
+public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
+  /// Its number and APIC id.
+  public let index: Int
+  let machine: KVMVirtualMachine
+  let descriptor: FileDescriptor
+  let modelSpecificIndices: [UInt32]
+  private let mapping: MemoryMapping
+  let shared: UnsafeMutablePointer<kvm_run>
+  /// The thread that called `run` last: the one to interrupt.
+  private var runner: pthread_t = 0
+  private let runnerIdentity = Mutex<ThreadIdentity?>(nil)
+
+  init(machine: KVMVirtualMachine, index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) {
+    self.machine = machine
+    self.index = index
+    let vcpu = FileDescriptor(
+      owning: try kvmCall(
+        "KVM_CREATE_VCPU", machine.descriptor.rawValue, CLINUX_KVM_CREATE_VCPU,
+        UnsafeMutableRawPointer(bitPattern: index)))
+    do {
+      mapping = try MemoryMapping(vcpu, count: machine.accelerator.vcpuMappingSize)
+    } catch {
+      throw .call("mmap of vCPU \(index)", errno: error.errno, reason: HostError.reason(error.errno))
+    }
+    shared = mapping.base.assumingMemoryBound(to: kvm_run.self)
+    _ = try kvmCall("KVM_SET_CPUID2", vcpu.rawValue, CLINUX_KVM_SET_CPUID2, CPUIDTable(cpuid).pointer)
+    modelSpecificIndices = try Self.savedRegisterIndices(machine.accelerator)
+    descriptor = vcpu
+  }
+
+  /// Runs the guest (`KVM_RUN`).
+  public func run() throws(AcceleratorError) -> VCPUExit {
+    let thread = pthread_self()
+    if thread != runner {
+      runner = thread
+      runnerIdentity.withLock { $0 = .current }
+    }
+    while true {
+      if ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0) >= 0 { return exit() }
+      let code = errno
+      switch code {
+      case EINTR:
+        clinux_store8(immediateExit, 0)
+        return .interrupted
+      // An application processor that was woken by SIPI reports so once; there is nothing to do.
+      case EAGAIN: continue
+      case EFAULT where shared.pointee.exit_reason == UInt32(KVM_EXIT_MEMORY_FAULT): return exit()
+      default: throw .call("KVM_RUN of vCPU \(index)", errno: code, reason: HostError.reason(code))
+      }
+    }
+  }
+
+  /// Lets KVM finish the last exit's access, then come back before the guest runs.
+  public func completeExit() throws(AcceleratorError) {
+    clinux_store8(immediateExit, 1)
+    let result = ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0)
+    let code = errno
+    clinux_store8(immediateExit, 0)
+    guard result < 0, code != EINTR, code != EAGAIN else { return }
+    throw .call("KVM_RUN of vCPU \(index)", errno: code, reason: HostError.reason(code))
+  }
+
+  /// Takes the vCPU out of the guest: the flag stops a run that has not begun, the signal one that has.
+  public func kick() {
+    clinux_store8(immediateExit, 1)
+    runnerIdentity.withLock { $0?.interrupt() }
+  }
+
+  private var immediateExit: UnsafeMutableRawPointer {
+    UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!
+  }
+
+  private func exit() -> VCPUExit {
+    switch Int32(bitPattern: shared.pointee.exit_reason) {
+    case KVM_EXIT_IO:
+      let io = shared.pointee.io
+      return .portIO(
+        PortAccess(
+          port: io.port, size: io.size, isWrite: Int32(io.direction) == KVM_EXIT_IO_OUT, count: io.count,
+          data: UnsafeMutableRawPointer(shared) + Int(io.data_offset)))
+    case KVM_EXIT_MMIO:
+      let data = UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.mmio.data)!
+      return .memoryIO(
+        MemoryAccess(
+          address: GuestPhysicalAddress(shared.pointee.mmio.phys_addr), size: UInt8(shared.pointee.mmio.len),
+          isWrite: shared.pointee.mmio.is_write != 0, data: data))
+    case KVM_EXIT_HLT: return .halt
+    case KVM_EXIT_INTR: return .interrupted
+    case KVM_EXIT_IRQ_WINDOW_OPEN: return .interruptWindow
+    case KVM_EXIT_SHUTDOWN: return .tripleFault
+    case KVM_EXIT_SYSTEM_EVENT:
+      guard let event = SystemEvent(rawValue: shared.pointee.system_event.type) else {
+        return .unknown(reason: shared.pointee.exit_reason)
+      }
+      return .systemEvent(event)
+    case KVM_EXIT_DEBUG:
+      let debug = shared.pointee.debug.arch
+      return .debug(
+        DebugEvent(address: debug.pc, status: debug.dr6, vector: UInt8(truncatingIfNeeded: debug.exception)))
+    case KVM_EXIT_INTERNAL_ERROR: return internalError()
+    case KVM_EXIT_MEMORY_FAULT:
+      let fault = shared.pointee.memory_fault
+      return .memoryFault(GuestPhysicalAddress(fault.gpa), size: fault.size, flags: fault.flags)
+    case KVM_EXIT_IOAPIC_EOI: return .endOfInterrupt(vector: shared.pointee.eoi.vector)
+    case KVM_EXIT_DIRTY_RING_FULL: return .dirtyRingFull
+    case KVM_EXIT_HYPERCALL:
+      let call = shared.pointee.hypercall
+      let result = UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.hypercall.ret)!
+      return .hypercall(
+        number: call.nr, arguments: (call.args.0, call.args.1, call.args.2, call.args.3, call.args.4),
+        result: result.assumingMemoryBound(to: UInt64.self))
+    case KVM_EXIT_FAIL_ENTRY:
+      return .entryFailure(reason: shared.pointee.fail_entry.hardware_entry_failure_reason)
+    default: return .unknown(reason: shared.pointee.exit_reason)
+    }
+  }
+
+  private func internalError() -> VCPUExit {
+    let error = shared.pointee.`internal`
+    guard Int32(error.suberror) == KVM_INTERNAL_ERROR_EMULATION else {
+      return .internalError(
+        subcode: error.suberror, data: (error.data.0, error.data.1, error.data.2, error.data.3))
+    }
+    // data[0] is flags; with bit 0, data[1] holds the instruction's length and its bytes (KVM_CAP_EXIT_ON_EMULATION_FAILURE).
+    guard error.ndata >= 3, error.data.0 & 1 != 0 else { return .emulationFailure(InstructionBytes()) }
+    let count = UInt8(truncatingIfNeeded: error.data.1)
+    let low = error.data.1 >> 8 | error.data.2 << 56
+    return .emulationFailure(InstructionBytes(low: low, high: error.data.2 >> 8, count: count))
+  }
+
+  /// Hands an interrupt to the processor (`KVM_INTERRUPT`); the LAPIC is in the VMM.
+  public func injectInterrupt(vector: UInt8) throws(AcceleratorError) {
+    var request = kvm_interrupt(irq: UInt32(vector))
+    try kvmCall("KVM_INTERRUPT", descriptor.rawValue, CLINUX_KVM_INTERRUPT, with: &request)
+  }
+
+  /// Whether an interrupt can be injected now.
+  public var isInterruptible: Bool { shared.pointee.ready_for_interrupt_injection != 0 && shared.pointee.if_flag != 0 }
+
+  /// Asks for `.interruptWindow` as soon as an interrupt can be injected.
+  public func requestInterruptWindow(_ wanted: Bool) {
+    shared.pointee.request_interrupt_window = wanted ? 1 : 0
+  }
+
+  /// Makes an NMI pending (`KVM_NMI`).
+  public func injectNMI() throws(AcceleratorError) {
+    _ = try kvmCall("KVM_NMI", descriptor.rawValue, CLINUX_KVM_NMI)
+  }
+
+  /// Walks the guest's page tables (`KVM_TRANSLATE`).
+  public func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress? {
+    var translation = kvm_translation()
+    translation.linear_address = linear
+    try kvmCall("KVM_TRANSLATE", descriptor.rawValue, CLINUX_KVM_TRANSLATE, with: &translation)
+    return translation.valid != 0 ? GuestPhysicalAddress(translation.physical_address) : nil
+  }
+
+  /// Sets what the debugger wants (`KVM_SET_GUEST_DEBUG`).
+  public func setDebug(_ control: DebugControl) throws(AcceleratorError) {
+    var debug = kvm_guest_debug()
+    if control != DebugControl() { debug.control |= UInt32(KVM_GUESTDBG_ENABLE) }
+    if control.singleStep { debug.control |= UInt32(KVM_GUESTDBG_SINGLESTEP) }
+    if control.software { debug.control |= CLINUX_KVM_GUESTDBG_USE_SW_BP }
+    if !control.breakpoints.isEmpty { debug.control |= CLINUX_KVM_GUESTDBG_USE_HW_BP }
+    withUnsafeMutableBytes(of: &debug.arch.debugreg) { bytes in
+      let registers = bytes.bindMemory(to: UInt64.self)
+      registers[7] = 0x400
+      for (slot, breakpoint) in control.breakpoints.prefix(4).enumerated() {
+        registers[slot] = breakpoint.address
+        // DR7 (SDM vol. 3, 18.2.4): global enable, then type and length (8 bytes is encoded as 2).
+        let length: UInt64 =
+          breakpoint.kind == .execute ? 0 : breakpoint.length == 8 ? 2 : UInt64(breakpoint.length) - 1
+        registers[7] |= 2 << UInt64(slot * 2)
+        registers[7] |= (UInt64(breakpoint.kind.rawValue) | length << 2) << UInt64(16 + slot * 4)
+      }
+    }
+    try kvmCall("KVM_SET_GUEST_DEBUG", descriptor.rawValue, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
+  }
+}

@@ -1,0 +1,327 @@
+import Accelerator
+import CLinux
+import Glibc
+import GuestMemory
+import Host
+import StateTree
+import Synchronization
+
+/// One KVM virtual machine: slots, interrupt controllers, routes, doorbells, dirty pages.
+public final class KVMVirtualMachine: VirtualMachine {
+  /// RAM behind the slots.
+  public let memory: GuestMemory
+  /// Where the interrupt controllers live.
+  public let interrupts: InterruptControllerModel
+
+  let accelerator: KVMAccelerator
+  let descriptor: FileDescriptor
+  private let slots = Mutex<[UInt32: MemorySlot]>([:])
+  private let rings = Mutex<[DirtyRing]>([])
+
+  /// Below the boot ROM, where no RAM and no device is: VMX needs three pages for a task-state segment, one for an identity map.
+  private static let identityMapAddress: UInt64 = 0xfeff_c000
+  private static let taskStateAddress: Int = 0xfeff_d000
+
+  init(
+    accelerator: KVMAccelerator, memory: GuestMemory, interrupts: InterruptControllerModel
+  ) throws(AcceleratorError) {
+    self.accelerator = accelerator
+    self.memory = memory
+    self.interrupts = interrupts
+    let machine = FileDescriptor(
+      owning: try kvmCall("KVM_CREATE_VM", accelerator.device.rawValue, CLINUX_KVM_CREATE_VM))
+    var identity = Self.identityMapAddress
+    try kvmCall("KVM_SET_IDENTITY_MAP_ADDR", machine.rawValue, CLINUX_KVM_SET_IDENTITY_MAP_ADDR, with: &identity)
+    _ = try kvmCall(
+      "KVM_SET_TSS_ADDR", machine.rawValue, CLINUX_KVM_SET_TSS_ADDR,
+      UnsafeMutableRawPointer(bitPattern: Self.taskStateAddress))
+    let number = machine.rawValue
+    // Optional: they make exits carry the failing instruction and pending events complete.
+    for capability in [
+      KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    ] where accelerator.extensionValue(capability) > 0 {
+      try Self.enable(capability, 1, on: number)
+    }
+    if let entries = accelerator.dirtyRingEntries {
+      guard accelerator.capabilities.contains(.dirtyRing) else {
+        throw .unsupported(engine: "kvm", what: "the dirty ring (KVM_CAP_DIRTY_LOG_RING)")
+      }
+      try Self.enable(KVM_CAP_DIRTY_LOG_RING, UInt64(entries * MemoryLayout<kvm_dirty_gfn>.stride), on: number)
+    }
+    switch interrupts {
+    case .inKernel:
+      guard accelerator.capabilities.contains(.inKernelInterrupts) else {
+        throw .unsupported(engine: "kvm", what: "in-kernel interrupt controllers")
+      }
+      _ = try kvmCall("KVM_CREATE_IRQCHIP", machine.rawValue, CLINUX_KVM_CREATE_IRQCHIP)
+      var timer = kvm_pit_config()
+      timer.flags = UInt32(KVM_PIT_SPEAKER_DUMMY)
+      try kvmCall("KVM_CREATE_PIT2", machine.rawValue, CLINUX_KVM_CREATE_PIT2, with: &timer)
+    case .split:
+      guard accelerator.capabilities.contains(.splitInterrupts) else {
+        throw .unsupported(engine: "kvm", what: "the split interrupt controller")
+      }
+      try Self.enable(KVM_CAP_SPLIT_IRQCHIP, 24, on: number)
+    case .userSpace: break
+    }
+    descriptor = machine
+    if interrupts == .inKernel { try setInterruptRoutes(InterruptRoute.legacy) }
+  }
+
+  private static func enable(
+    _ capability: Int32, _ argument: UInt64, on machine: Int32
+  ) throws(AcceleratorError) {
+    var request = kvm_enable_cap()
+    request.cap = UInt32(capability)
+    request.args.0 = argument
+    try kvmCall("KVM_ENABLE_CAP", machine, CLINUX_KVM_ENABLE_CAP, with: &request)
+  }
+
+  /// Adds or replaces a slot. KVM cannot resize or move one, so a changed slot is removed first.
+  public func setMemorySlot(_ slot: MemorySlot) throws(AcceleratorError) {
+    guard (slot.range.start.rawValue | slot.range.size | UInt64(UInt(bitPattern: slot.hostBase))) & 0xfff == 0,
+      slot.range.size > 0
+    else { throw .badSlot(number: slot.number, range: slot.range) }
+    if let old = slots.withLock({ $0[slot.number] }),
+      old.range != slot.range || old.hostBase != slot.hostBase
+        || old.access != slot.access
+    {
+      try removeMemorySlot(slot.number)
+    }
+    var flags: UInt32 = 0
+    if slot.access == .readExecute { flags |= CLINUX_KVM_MEM_READONLY }
+    if slot.logsDirtyPages { flags |= CLINUX_KVM_MEM_LOG_DIRTY_PAGES }
+    var region = kvm_userspace_memory_region(
+      slot: slot.number, flags: flags, guest_phys_addr: slot.range.start.rawValue, memory_size: slot.range.size,
+      userspace_addr: UInt64(UInt(bitPattern: slot.hostBase)))
+    try kvmCall("KVM_SET_USER_MEMORY_REGION", descriptor.rawValue, CLINUX_KVM_SET_USER_MEMORY_REGION, with: &region)
+    slots.withLock { $0[slot.number] = slot }
+  }
+
+  /// Removes a slot; unknown numbers are ignored.
+  public func removeMemorySlot(_ number: UInt32) throws(AcceleratorError) {
+    guard let slot = slots.withLock({ $0[number] }) else { return }
+    var region = kvm_userspace_memory_region(
+      slot: number, flags: 0, guest_phys_addr: slot.range.start.rawValue, memory_size: 0, userspace_addr: 0)
+    try kvmCall("KVM_SET_USER_MEMORY_REGION", descriptor.rawValue, CLINUX_KVM_SET_USER_MEMORY_REGION, with: &region)
+    slots.withLock { $0[number] = nil }
+  }
+
+  /// A vCPU, in the state after reset.
+  public func makeVCPU(index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) -> any VirtualCPU {
+    let vcpu = try KVMVirtualCPU(machine: self, index: index, cpuid: cpuid)
+    if let entries = accelerator.dirtyRingEntries {
+      let ring = try DirtyRing(vcpu: vcpu.descriptor, entries: entries)
+      rings.withLock { $0.append(ring) }
+    }
+    return vcpu
+  }
+
+  /// Drives a GSI (`KVM_IRQ_LINE`).
+  public func setInterruptLine(_ gsi: UInt32, level: Bool) throws(AcceleratorError) {
+    var request = kvm_irq_level()
+    request.irq = gsi
+    request.level = level ? 1 : 0
+    try kvmCall("KVM_IRQ_LINE", descriptor.rawValue, CLINUX_KVM_IRQ_LINE, with: &request)
+  }
+
+  /// Sends a message-signalled interrupt (`KVM_SIGNAL_MSI`); one that no LAPIC takes is lost, as on the bus.
+  public func signalMSI(address: UInt64, data: UInt32) throws(AcceleratorError) {
+    var message = kvm_msi()
+    message.address_lo = UInt32(truncatingIfNeeded: address)
+    message.address_hi = UInt32(truncatingIfNeeded: address >> 32)
+    message.data = data
+    try kvmCall("KVM_SIGNAL_MSI", descriptor.rawValue, CLINUX_KVM_SIGNAL_MSI, with: &message)
+  }
+
+  /// Replaces the GSI routing table.
+  public func setInterruptRoutes(_ routes: [InterruptRoute]) throws(AcceleratorError) {
+    let header = MemoryLayout<kvm_irq_routing>.size
+    let stride = MemoryLayout<kvm_irq_routing_entry>.stride
+    let table = UnsafeMutableRawPointer.allocate(byteCount: header + routes.count * stride, alignment: 8)
+    defer { table.deallocate() }
+    table.initializeMemory(as: UInt8.self, repeating: 0, count: header + routes.count * stride)
+    table.assumingMemoryBound(to: kvm_irq_routing.self).pointee.nr = UInt32(routes.count)
+    let entries = (table + header).assumingMemoryBound(to: kvm_irq_routing_entry.self)
+    for (index, route) in routes.enumerated() {
+      entries[index].gsi = route.gsi
+      switch route.target {
+      case .pic(let second, let pin):
+        entries[index].type = UInt32(KVM_IRQ_ROUTING_IRQCHIP)
+        entries[index].u.irqchip.irqchip = UInt32(second ? KVM_IRQCHIP_PIC_SLAVE : KVM_IRQCHIP_PIC_MASTER)
+        entries[index].u.irqchip.pin = pin
+      case .ioapic(let pin):
+        entries[index].type = UInt32(KVM_IRQ_ROUTING_IRQCHIP)
+        entries[index].u.irqchip.irqchip = UInt32(KVM_IRQCHIP_IOAPIC)
+        entries[index].u.irqchip.pin = pin
+      case .message(let address, let data):
+        entries[index].type = UInt32(KVM_IRQ_ROUTING_MSI)
+        entries[index].u.msi.address_lo = UInt32(truncatingIfNeeded: address)
+        entries[index].u.msi.address_hi = UInt32(truncatingIfNeeded: address >> 32)
+        entries[index].u.msi.data = data
+      }
+    }
+    _ = try kvmCall("KVM_SET_GSI_ROUTING", descriptor.rawValue, CLINUX_KVM_SET_GSI_ROUTING, table)
+  }
+
+  /// Attaches an eventfd to a GSI (`KVM_IRQFD`).
+  public func attachInterrupt(
+    _ gsi: UInt32, eventDescriptor: Int32, resample: Int32?
+  ) throws(AcceleratorError) {
+    var request = kvm_irqfd()
+    request.fd = UInt32(bitPattern: eventDescriptor)
+    request.gsi = gsi
+    if let resample {
+      request.flags = CLINUX_KVM_IRQFD_FLAG_RESAMPLE
+      request.resamplefd = UInt32(bitPattern: resample)
+    }
+    try kvmCall("KVM_IRQFD", descriptor.rawValue, CLINUX_KVM_IRQFD, with: &request)
+  }
+
+  /// Detaches an eventfd from a GSI.
+  public func detachInterrupt(_ gsi: UInt32, eventDescriptor: Int32) throws(AcceleratorError) {
+    var request = kvm_irqfd()
+    request.fd = UInt32(bitPattern: eventDescriptor)
+    request.gsi = gsi
+    request.flags = CLINUX_KVM_IRQFD_FLAG_DEASSIGN
+    try kvmCall("KVM_IRQFD", descriptor.rawValue, CLINUX_KVM_IRQFD, with: &request)
+  }
+
+  /// Attaches a doorbell (`KVM_IOEVENTFD`).
+  public func attachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError) {
+    try setDoorbell(doorbell, eventDescriptor, flags: 0)
+  }
+
+  /// Detaches a doorbell.
+  public func detachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError) {
+    try setDoorbell(doorbell, eventDescriptor, flags: CLINUX_KVM_IOEVENTFD_FLAG_DEASSIGN)
+  }
+
+  private func setDoorbell(
+    _ doorbell: Doorbell, _ eventDescriptor: Int32, flags: UInt32
+  ) throws(AcceleratorError) {
+    var request = kvm_ioeventfd()
+    request.fd = eventDescriptor
+    request.addr = doorbell.address
+    request.len = doorbell.size
+    request.flags = flags
+    if doorbell.space == .port { request.flags |= CLINUX_KVM_IOEVENTFD_FLAG_PIO }
+    if let match = doorbell.match {
+      request.flags |= CLINUX_KVM_IOEVENTFD_FLAG_DATAMATCH
+      request.datamatch = match
+    }
+    try kvmCall("KVM_IOEVENTFD", descriptor.rawValue, CLINUX_KVM_IOEVENTFD, with: &request)
+  }
+
+  /// Pages the guest wrote (`KVM_GET_DIRTY_LOG`).
+  public func takeDirtyLog(slot number: UInt32) throws(AcceleratorError) -> [UInt64] {
+    guard let slot = slots.withLock({ $0[number] }) else { return [] }
+    var words = [UInt64](repeating: 0, count: Int((slot.range.size >> 12) + 63) / 64)
+    let fd = descriptor.rawValue
+    let result = words.withUnsafeMutableBytes { buffer in
+      Result { () throws(AcceleratorError) in
+        var log = kvm_dirty_log()
+        log.slot = number
+        log.dirty_bitmap = buffer.baseAddress
+        try kvmCall("KVM_GET_DIRTY_LOG", fd, CLINUX_KVM_GET_DIRTY_LOG, with: &log)
+      }
+    }
+    try result.get()
+    return words
+  }
+
+  /// Pages in all dirty rings, which are empty and armed again afterwards.
+  public func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)] {
+    let pages = rings.withLock { rings in rings.flatMap { $0.collect() } }
+    _ = try kvmCall("KVM_RESET_DIRTY_RINGS", descriptor.rawValue, CLINUX_KVM_RESET_DIRTY_RINGS)
+    return pages
+  }
+
+  /// Nanoseconds of the paravirtual clock (`KVM_GET_CLOCK`).
+  public func readClock() throws(AcceleratorError) -> UInt64 {
+    var clock = kvm_clock_data()
+    try kvmCall("KVM_GET_CLOCK", descriptor.rawValue, CLINUX_KVM_GET_CLOCK, with: &clock)
+    return clock.clock
+  }
+
+  /// Sets the paravirtual clock (`KVM_SET_CLOCK`).
+  public func writeClock(_ nanoseconds: UInt64) throws(AcceleratorError) {
+    var clock = kvm_clock_data()
+    clock.clock = nanoseconds
+    try kvmCall("KVM_SET_CLOCK", descriptor.rawValue, CLINUX_KVM_SET_CLOCK, with: &clock)
+  }
+
+  /// In-kernel interrupt controllers and PIT as KVM's own structures, and the clock.
+  public func save() throws(AcceleratorError) -> StateNode {
+    let clock = try readClock()
+    var chips: [[UInt8]] = []
+    var timer: [UInt8] = []
+    if interrupts == .inKernel {
+      for id in Self.chipIDs {
+        var chip = kvm_irqchip()
+        chip.chip_id = id
+        try kvmCall("KVM_GET_IRQCHIP", descriptor.rawValue, CLINUX_KVM_GET_IRQCHIP, with: &chip)
+        chips.append(withUnsafeBytes(of: &chip) { Array($0) })
+      }
+      var state = kvm_pit_state2()
+      try kvmCall("KVM_GET_PIT2", descriptor.rawValue, CLINUX_KVM_GET_PIT2, with: &state)
+      timer = withUnsafeBytes(of: &state) { Array($0) }
+    }
+    return StateNode(Self.nodeName, version: Self.versions.upperBound) { writer in
+      writer.write(clock)
+      writer.write(UInt8(chips.count))
+      for chip in chips { writer.write(chip) }
+      writer.write(timer)
+    }
+  }
+
+  /// Puts back what `save` returned.
+  public func restore(_ node: StateNode) throws(AcceleratorError) {
+    let clock: UInt64
+    var chips: [[UInt8]] = []
+    let timer: [UInt8]
+    do {
+      (clock, chips, timer) = try node.read(Self.nodeName, versions: Self.versions) {
+        reader, _ throws(StateError) in
+        let clock = try reader.read(UInt64.self)
+        let count = try reader.read(UInt8.self)
+        guard count == (interrupts == .inKernel ? Self.chipIDs.count : 0) else {
+          throw reader.invalid("interrupt controllers", UInt64(count))
+        }
+        var chips: [[UInt8]] = []
+        for _ in 0..<count {
+          let chip = try reader.read(limit: MemoryLayout<kvm_irqchip>.size)
+          guard chip.count == MemoryLayout<kvm_irqchip>.size else {
+            throw reader.invalid("interrupt controller size", UInt64(chip.count))
+          }
+          chips.append(chip)
+        }
+        let timer = try reader.read(limit: MemoryLayout<kvm_pit_state2>.size)
+        guard timer.count == (count == 0 ? 0 : MemoryLayout<kvm_pit_state2>.size) else {
+          throw reader.invalid("timer size", UInt64(timer.count))
+        }
+        return (clock, chips, timer)
+      }
+    } catch {
+      throw .state(error)
+    }
+    for (index, bytes) in chips.enumerated() {
+      var chip = kvm_irqchip()
+      withUnsafeMutableBytes(of: &chip) { $0.copyBytes(from: bytes) }
+      chip.chip_id = Self.chipIDs[index]
+      try kvmCall("KVM_SET_IRQCHIP", descriptor.rawValue, CLINUX_KVM_SET_IRQCHIP, with: &chip)
+    }
+    if !timer.isEmpty {
+      var state = kvm_pit_state2()
+      withUnsafeMutableBytes(of: &state) { $0.copyBytes(from: timer) }
+      try kvmCall("KVM_SET_PIT2", descriptor.rawValue, CLINUX_KVM_SET_PIT2, with: &state)
+    }
+    try writeClock(clock)
+  }
+
+  private static let nodeName = "kvm"
+  private static let versions: ClosedRange<UInt32> = 1...1
+  private static let chipIDs = [
+    UInt32(KVM_IRQCHIP_PIC_MASTER), UInt32(KVM_IRQCHIP_PIC_SLAVE), UInt32(KVM_IRQCHIP_IOAPIC),
+  ]
+}
