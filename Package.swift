@@ -39,6 +39,7 @@ let package = Package(
     library("Host", ["CLinux"]),
     library("GuestMemory", ["Host", "CLinux"]),
     library("StateTree"),
+    library("JSON"),
     library("Accelerator", ["GuestMemory", "StateTree"]),
     library("X86", settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
@@ -58,25 +59,26 @@ let package = Package(
     library(
       "Monitor",
       [
-        "Host", "Machine", .product(name: "NIOCore", package: "swift-nio"),
+        "Host", "JSON", "Machine", .product(name: "NIOCore", package: "swift-nio"),
         .product(name: "NIOPosix", package: "swift-nio"),
       ]),
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-        "Accelerator", "Boot", "GDBStub", "GuestMemory", "Host", "KVMAccelerator", "Machine", "Monitor",
+        "Accelerator", "Boot", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator", "Machine", "Monitor",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict),
 
     tests("HostTests", ["Host"]),
     tests("GuestMemoryTests", ["GuestMemory"]),
     tests("StateTreeTests", ["StateTree"]),
+    tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
     tests("BootTests", ["Accelerator", "Boot", "GuestMemory"]),
     tests("DeviceConformance", ["DeviceModel", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
     tests("GDBStubTests", ["GDBStub"]),
-    tests("MonitorTests", ["Monitor"]),
+    tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Host"]),
   ]
 )
