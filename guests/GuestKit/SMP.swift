@@ -1,0 +1,2 @@
+@_cdecl("guest_ap_start")
+func guestApplicationProcessorStart() {}
