@@ -67,6 +67,8 @@ private struct Decoder {
   private var position = 0
   /// The segment that a prefix names.
   private var segmentOverride = Register.none
+  /// The SIB byte.
+  private var sib: UInt8 = 0
   /// VEX.vvvv, not inverted.
   private var vvvv: UInt8 = 0
   /// The mandatory prefix as the table numbers it: 0 none, 1 66, 2 F3, 3 F2.
@@ -221,9 +223,8 @@ private struct Decoder {
     }
     vvvv = ~last >> 3 & 15
     if instruction.mode != .code64 {
-      // Only eight registers: VEX.B and the top bit of VEX.vvvv are ignored; R and X are 0 or this is LDS or LES.
+      // Only eight registers: VEX.B is ignored; R and X are 0, or this is LDS or LES.
       instruction.rex &= 8
-      vvvv &= 7
     }
     if last & 4 != 0 { instruction.vectorLength = 32 }
     mandatoryPrefix = last & 3
@@ -311,7 +312,7 @@ private struct Decoder {
     let size = instruction.addressSize
     var base = rm
     if rm == 4 {
-      let sib = try next()
+      sib = try next()
       base = sib & 7
       let index = sib >> 3 & 7 | instruction.rex << 2 & 8
       if index != 4 { instruction.index = Register.general(index, bytes: size) }
@@ -349,7 +350,7 @@ private struct Decoder {
     case .opcodeRegister:
       return general(instruction.opcode & 7 | instruction.rex << 3 & 8, bytes, instruction)
     case .vexGeneral:
-      return general(vvvv, bytes, instruction)
+      return general(vvvvRegister(instruction), bytes, instruction)
     case .accumulator:
       return general(0, bytes, instruction)
     case .fixed:
@@ -405,7 +406,7 @@ private struct Decoder {
     case .modRMVector, .modRMVectorRegister:
       return instruction.isRegisterForm ? vector(rm, bytes) : memory(bytes)
     case .vexVector:
-      return vector(vvvv, bytes)
+      return vector(vvvvRegister(instruction), bytes)
     case .immediateVector:
       instruction.immediateSize = 1
       let register = try next() >> 4
@@ -415,9 +416,22 @@ private struct Decoder {
     case .modRMMMX, .modRMMMXRegister:
       guard instruction.isRegisterForm else { return memory(bytes) }
       return Operand(kind: .register, register: Register(.mmx, instruction.modRM & 7), size: 8)
-    case .vectorIndex:
+    case .vectorIndex, .xmmIndex:
+      // VSIB needs a SIB byte, in which 4 is an index like any other.
+      guard instruction.addressSize != 2, instruction.modRM & 7 == 4 else { throw .invalidOpcode }
+      let isYMM = method == .vectorIndex && instruction.vectorLength == 32
+      let index = sib >> 3 & 7 | instruction.rex << 2 & 8
+      instruction.index = Register(isYMM ? .ymm : .xmm, index)
+      // Destination, index and mask must be three registers.
+      let mask = vvvvRegister(instruction)
+      guard index != extendedReg, index != mask, extendedReg != mask else { throw .invalidOpcode }
       return memory(bytes)
     }
+  }
+
+  /// The register number in VEX.vvvv. Outside 64-bit mode its top bit counts only where the field must be unused.
+  private func vvvvRegister(_ instruction: Instruction) -> UInt8 {
+    instruction.mode == .code64 ? vvvv : vvvv & 7
   }
 
   private func memory(_ bytes: UInt8) -> Operand {

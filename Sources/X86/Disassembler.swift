@@ -13,7 +13,7 @@ extension Instruction {
       } else {
         text += ","
       }
-      text += self.text(of: operands[position], address)
+      text += self.text(of: operands[position], at: position, address)
       if operands[position].kind == .memory, base.class == .instructionPointer {
         targets.append(address &+ UInt64(length) &+ UInt64(bitPattern: displacement))
       }
@@ -44,12 +44,15 @@ extension Instruction {
     }
   }
 
-  private func text(of operand: Operand, _ address: UInt64) -> String {
+  private func text(of operand: Operand, at position: Int, _ address: UInt64) -> String {
     switch operand.kind {
     case .none:
       return ""
     case .register:
-      return operand.register.description
+      // The implied top of the x87 stack has no number.
+      let method = operationOperands[Int(operation.rawValue)] >> (UInt64(position) * 16 + 8) & 0xff
+      let isImpliedTop = operand.register.class == .x87 && method == OperandMethod.fixed.rawValue
+      return isImpliedTop ? "st" : operand.register.description
     case .memory:
       return (isOffset ? "" : Self.sizeText(operand.size)) + memoryText
     case .stringSource:

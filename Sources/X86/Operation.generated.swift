@@ -1003,6 +1003,1822 @@ public enum Operation: Sendable {
   case skinit
   /// `invlpga`
   case invlpga
+  /// `fwait`
+  case fwait
+  /// `fadd Md`
+  case faddMd
+  /// `fmul Md`
+  case fmulMd
+  /// `fcom Md`
+  case fcomMd
+  /// `fcomp Md`
+  case fcompMd
+  /// `fsub Md`
+  case fsubMd
+  /// `fsubr Md`
+  case fsubrMd
+  /// `fdiv Md`
+  case fdivMd
+  /// `fdivr Md`
+  case fdivrMd
+  /// `fadd ST0, STi`
+  case faddSt0Sti
+  /// `fmul ST0, STi`
+  case fmulSt0Sti
+  /// `fcom STi`
+  case fcomSti
+  /// `fcomp STi`
+  case fcompSti
+  /// `fsub ST0, STi`
+  case fsubSt0Sti
+  /// `fsubr ST0, STi`
+  case fsubrSt0Sti
+  /// `fdiv ST0, STi`
+  case fdivSt0Sti
+  /// `fdivr ST0, STi`
+  case fdivrSt0Sti
+  /// `fadd Mq`
+  case faddMq
+  /// `fmul Mq`
+  case fmulMq
+  /// `fcom Mq`
+  case fcomMq
+  /// `fcomp Mq`
+  case fcompMq
+  /// `fsub Mq`
+  case fsubMq
+  /// `fsubr Mq`
+  case fsubrMq
+  /// `fdiv Mq`
+  case fdivMq
+  /// `fdivr Mq`
+  case fdivrMq
+  /// `fadd STi, ST0`
+  case faddStiSt0
+  /// `fmul STi, ST0`
+  case fmulStiSt0
+  /// `fsubr STi, ST0`
+  case fsubrStiSt0
+  /// `fsub STi, ST0`
+  case fsubStiSt0
+  /// `fdivr STi, ST0`
+  case fdivrStiSt0
+  /// `fdiv STi, ST0`
+  case fdivStiSt0
+  /// `fiadd Md`
+  case fiaddMd
+  /// `fimul Md`
+  case fimulMd
+  /// `ficom Md`
+  case ficomMd
+  /// `ficomp Md`
+  case ficompMd
+  /// `fisub Md`
+  case fisubMd
+  /// `fisubr Md`
+  case fisubrMd
+  /// `fidiv Md`
+  case fidivMd
+  /// `fidivr Md`
+  case fidivrMd
+  /// `fiadd Mw`
+  case fiaddMw
+  /// `fimul Mw`
+  case fimulMw
+  /// `ficom Mw`
+  case ficomMw
+  /// `ficomp Mw`
+  case ficompMw
+  /// `fisub Mw`
+  case fisubMw
+  /// `fisubr Mw`
+  case fisubrMw
+  /// `fidiv Mw`
+  case fidivMw
+  /// `fidivr Mw`
+  case fidivrMw
+  /// `faddp STi, ST0`
+  case faddpStiSt0
+  /// `fmulp STi, ST0`
+  case fmulpStiSt0
+  /// `fcompp`
+  case fcompp
+  /// `fsubrp STi, ST0`
+  case fsubrpStiSt0
+  /// `fsubp STi, ST0`
+  case fsubpStiSt0
+  /// `fdivrp STi, ST0`
+  case fdivrpStiSt0
+  /// `fdivp STi, ST0`
+  case fdivpStiSt0
+  /// `fld Md`
+  case fldMd
+  /// `fst Md`
+  case fstMd
+  /// `fstp Md`
+  case fstpMd
+  /// `fld Mq`
+  case fldMq
+  /// `fst Mq`
+  case fstMq
+  /// `fstp Mq`
+  case fstpMq
+  /// `fld Mt`
+  case fldMt
+  /// `fstp Mt`
+  case fstpMt
+  /// `fld STi`
+  case fldSti
+  /// `fstp STi`
+  case fstpSti
+  /// `fst STi`
+  case fstSti
+  /// `fxch STi`
+  case fxchSti
+  /// `fild Md`
+  case fildMd
+  /// `fisttp Md`
+  case fisttpMd
+  /// `fist Md`
+  case fistMd
+  /// `fistp Md`
+  case fistpMd
+  /// `fild Mw`
+  case fildMw
+  /// `fisttp Mw`
+  case fisttpMw
+  /// `fist Mw`
+  case fistMw
+  /// `fistp Mw`
+  case fistpMw
+  /// `fild Mq`
+  case fildMq
+  /// `fisttp Mq`
+  case fisttpMq
+  /// `fistp Mq`
+  case fistpMq
+  /// `fbld Mt`
+  case fbldMt
+  /// `fbstp Mt`
+  case fbstpMt
+  /// `fcmovb ST0, STi`
+  case fcmovbSt0Sti
+  /// `fcmove ST0, STi`
+  case fcmoveSt0Sti
+  /// `fcmovbe ST0, STi`
+  case fcmovbeSt0Sti
+  /// `fcmovu ST0, STi`
+  case fcmovuSt0Sti
+  /// `fcmovnb ST0, STi`
+  case fcmovnbSt0Sti
+  /// `fcmovne ST0, STi`
+  case fcmovneSt0Sti
+  /// `fcmovnbe ST0, STi`
+  case fcmovnbeSt0Sti
+  /// `fcmovnu ST0, STi`
+  case fcmovnuSt0Sti
+  /// `fucomi ST0, STi`
+  case fucomiSt0Sti
+  /// `fcomi ST0, STi`
+  case fcomiSt0Sti
+  /// `fucomip ST0, STi`
+  case fucomipSt0Sti
+  /// `fcomip ST0, STi`
+  case fcomipSt0Sti
+  /// `fucom STi`
+  case fucomSti
+  /// `fucomp STi`
+  case fucompSti
+  /// `fucompp`
+  case fucompp
+  /// `fnop`
+  case fnop
+  /// `fchs`
+  case fchs
+  /// `fabs`
+  case fabs
+  /// `ftst`
+  case ftst
+  /// `fxam`
+  case fxam
+  /// `fld1`
+  case fld1
+  /// `fldl2t`
+  case fldl2t
+  /// `fldl2e`
+  case fldl2e
+  /// `fldpi`
+  case fldpi
+  /// `fldlg2`
+  case fldlg2
+  /// `fldln2`
+  case fldln2
+  /// `fldz`
+  case fldz
+  /// `f2xm1`
+  case f2xm1
+  /// `fyl2x`
+  case fyl2x
+  /// `fptan`
+  case fptan
+  /// `fpatan`
+  case fpatan
+  /// `fxtract`
+  case fxtract
+  /// `fprem1`
+  case fprem1
+  /// `fdecstp`
+  case fdecstp
+  /// `fincstp`
+  case fincstp
+  /// `fprem`
+  case fprem
+  /// `fyl2xp1`
+  case fyl2xp1
+  /// `fsqrt`
+  case fsqrt
+  /// `fsincos`
+  case fsincos
+  /// `frndint`
+  case frndint
+  /// `fscale`
+  case fscale
+  /// `fsin`
+  case fsin
+  /// `fcos`
+  case fcos
+  /// `ffree STi`
+  case ffreeSti
+  /// `ffreep STi`
+  case ffreepSti
+  /// `fldenv M`
+  case fldenvM
+  /// `fldcw Mw`
+  case fldcwMw
+  /// `fnstenv M`
+  case fnstenvM
+  /// `fnstcw Mw`
+  case fnstcwMw
+  /// `frstor M`
+  case frstorM
+  /// `fnsave M`
+  case fnsaveM
+  /// `fnstsw Mw`
+  case fnstswMw
+  /// `fnstsw AX`
+  case fnstswAx
+  /// `fneni`
+  case fneni
+  /// `fndisi`
+  case fndisi
+  /// `fnclex`
+  case fnclex
+  /// `fninit`
+  case fninit
+  /// `fnsetpm`
+  case fnsetpm
+  /// `movups Vx, Wx`
+  case movupsVxWx
+  /// `movupd Vx, Wx`
+  case movupdVxWx
+  /// `movss Vd, Wd`
+  case movssVdWd
+  /// `movsd Vq, Wq`
+  case movsdVqWq
+  /// `movups Wx, Vx`
+  case movupsWxVx
+  /// `movupd Wx, Vx`
+  case movupdWxVx
+  /// `movss Wd, Vd`
+  case movssWdVd
+  /// `movsd Wq, Vq`
+  case movsdWqVq
+  /// `movlps Vq, Mq`
+  case movlpsVqMq
+  /// `movhlps Vq, Uq`
+  case movhlpsVqUq
+  /// `movlpd Vq, Mq`
+  case movlpdVqMq
+  /// `movsldup Vx, Wx`
+  case movsldupVxWx
+  /// `movddup Vx, Wq`
+  case movddupVxWq
+  /// `movlps Mq, Vq`
+  case movlpsMqVq
+  /// `movlpd Mq, Vq`
+  case movlpdMqVq
+  /// `movhps Vq, Mq`
+  case movhpsVqMq
+  /// `movlhps Vq, Uq`
+  case movlhpsVqUq
+  /// `movhpd Vq, Mq`
+  case movhpdVqMq
+  /// `movshdup Vx, Wx`
+  case movshdupVxWx
+  /// `movhps Mq, Vq`
+  case movhpsMqVq
+  /// `movhpd Mq, Vq`
+  case movhpdMqVq
+  /// `movaps Vx, Wx`
+  case movapsVxWx
+  /// `movapd Vx, Wx`
+  case movapdVxWx
+  /// `movaps Wx, Vx`
+  case movapsWxVx
+  /// `movapd Wx, Vx`
+  case movapdWxVx
+  /// `movntps Mx, Vx`
+  case movntpsMxVx
+  /// `movntpd Mx, Vx`
+  case movntpdMxVx
+  /// `movmskps Gy, Ux`
+  case movmskpsGyUx
+  /// `movmskpd Gy, Ux`
+  case movmskpdGyUx
+  /// `unpcklps Vx, Wx`
+  case unpcklpsVxWx
+  /// `unpcklpd Vx, Wx`
+  case unpcklpdVxWx
+  /// `unpckhps Vx, Wx`
+  case unpckhpsVxWx
+  /// `unpckhpd Vx, Wx`
+  case unpckhpdVxWx
+  /// `ucomiss Vd, Wd`
+  case ucomissVdWd
+  /// `ucomisd Vq, Wq`
+  case ucomisdVqWq
+  /// `comiss Vd, Wd`
+  case comissVdWd
+  /// `comisd Vq, Wq`
+  case comisdVqWq
+  /// `sqrtps Vx, Wx`
+  case sqrtpsVxWx
+  /// `sqrtpd Vx, Wx`
+  case sqrtpdVxWx
+  /// `sqrtss Vd, Wd`
+  case sqrtssVdWd
+  /// `sqrtsd Vq, Wq`
+  case sqrtsdVqWq
+  /// `rsqrtps Vx, Wx`
+  case rsqrtpsVxWx
+  /// `rsqrtss Vd, Wd`
+  case rsqrtssVdWd
+  /// `rcpps Vx, Wx`
+  case rcppsVxWx
+  /// `rcpss Vd, Wd`
+  case rcpssVdWd
+  /// `andps Vx, Wx`
+  case andpsVxWx
+  /// `andpd Vx, Wx`
+  case andpdVxWx
+  /// `andnps Vx, Wx`
+  case andnpsVxWx
+  /// `andnpd Vx, Wx`
+  case andnpdVxWx
+  /// `orps Vx, Wx`
+  case orpsVxWx
+  /// `orpd Vx, Wx`
+  case orpdVxWx
+  /// `xorps Vx, Wx`
+  case xorpsVxWx
+  /// `xorpd Vx, Wx`
+  case xorpdVxWx
+  /// `addps Vx, Wx`
+  case addpsVxWx
+  /// `addpd Vx, Wx`
+  case addpdVxWx
+  /// `addss Vd, Wd`
+  case addssVdWd
+  /// `addsd Vq, Wq`
+  case addsdVqWq
+  /// `mulps Vx, Wx`
+  case mulpsVxWx
+  /// `mulpd Vx, Wx`
+  case mulpdVxWx
+  /// `mulss Vd, Wd`
+  case mulssVdWd
+  /// `mulsd Vq, Wq`
+  case mulsdVqWq
+  /// `subps Vx, Wx`
+  case subpsVxWx
+  /// `subpd Vx, Wx`
+  case subpdVxWx
+  /// `subss Vd, Wd`
+  case subssVdWd
+  /// `subsd Vq, Wq`
+  case subsdVqWq
+  /// `minps Vx, Wx`
+  case minpsVxWx
+  /// `minpd Vx, Wx`
+  case minpdVxWx
+  /// `minss Vd, Wd`
+  case minssVdWd
+  /// `minsd Vq, Wq`
+  case minsdVqWq
+  /// `divps Vx, Wx`
+  case divpsVxWx
+  /// `divpd Vx, Wx`
+  case divpdVxWx
+  /// `divss Vd, Wd`
+  case divssVdWd
+  /// `divsd Vq, Wq`
+  case divsdVqWq
+  /// `maxps Vx, Wx`
+  case maxpsVxWx
+  /// `maxpd Vx, Wx`
+  case maxpdVxWx
+  /// `maxss Vd, Wd`
+  case maxssVdWd
+  /// `maxsd Vq, Wq`
+  case maxsdVqWq
+  /// `cmpps Vx, Wx, Ib`
+  case cmppsVxWxIb
+  /// `cmppd Vx, Wx, Ib`
+  case cmppdVxWxIb
+  /// `cmpss Vd, Wd, Ib`
+  case cmpssVdWdIb
+  /// `cmpsd Vq, Wq, Ib`
+  case cmpsdVqWqIb
+  /// `shufps Vx, Wx, Ib`
+  case shufpsVxWxIb
+  /// `shufpd Vx, Wx, Ib`
+  case shufpdVxWxIb
+  /// `haddpd Vx, Wx`
+  case haddpdVxWx
+  /// `haddps Vx, Wx`
+  case haddpsVxWx
+  /// `hsubpd Vx, Wx`
+  case hsubpdVxWx
+  /// `hsubps Vx, Wx`
+  case hsubpsVxWx
+  /// `addsubpd Vx, Wx`
+  case addsubpdVxWx
+  /// `addsubps Vx, Wx`
+  case addsubpsVxWx
+  /// `cvtpi2ps Vq, Qq`
+  case cvtpi2psVqQq
+  /// `cvtpi2pd Vx, Qq`
+  case cvtpi2pdVxQq
+  /// `cvtsi2ss Vd, Ey`
+  case cvtsi2ssVdEy
+  /// `cvtsi2sd Vq, Ey`
+  case cvtsi2sdVqEy
+  /// `cvttps2pi Pq, Wq`
+  case cvttps2piPqWq
+  /// `cvttpd2pi Pq, Wx`
+  case cvttpd2piPqWx
+  /// `cvttss2si Gy, Wd`
+  case cvttss2siGyWd
+  /// `cvttsd2si Gy, Wq`
+  case cvttsd2siGyWq
+  /// `cvtps2pi Pq, Wq`
+  case cvtps2piPqWq
+  /// `cvtpd2pi Pq, Wx`
+  case cvtpd2piPqWx
+  /// `cvtss2si Gy, Wd`
+  case cvtss2siGyWd
+  /// `cvtsd2si Gy, Wq`
+  case cvtsd2siGyWq
+  /// `cvtps2pd Vx, Wq`
+  case cvtps2pdVxWq
+  /// `cvtpd2ps Vx, Wx`
+  case cvtpd2psVxWx
+  /// `cvtss2sd Vq, Wd`
+  case cvtss2sdVqWd
+  /// `cvtsd2ss Vd, Wq`
+  case cvtsd2ssVdWq
+  /// `cvtdq2ps Vx, Wx`
+  case cvtdq2psVxWx
+  /// `cvtps2dq Vx, Wx`
+  case cvtps2dqVxWx
+  /// `cvttps2dq Vx, Wx`
+  case cvttps2dqVxWx
+  /// `cvttpd2dq Vx, Wx`
+  case cvttpd2dqVxWx
+  /// `cvtdq2pd Vx, Wq`
+  case cvtdq2pdVxWq
+  /// `cvtpd2dq Vx, Wx`
+  case cvtpd2dqVxWx
+  /// `movd Pq, Ed`
+  case movdPqEd
+  /// `movq Pq, Eq`
+  case movqPqEq
+  /// `movd Vd, Ed`
+  case movdVdEd
+  /// `movq Vq, Eq`
+  case movqVqEq
+  /// `movd Ed, Pq`
+  case movdEdPq
+  /// `movq Eq, Pq`
+  case movqEqPq
+  /// `movd Ed, Vd`
+  case movdEdVd
+  /// `movq Eq, Vq`
+  case movqEqVq
+  /// `movq Vq, Wq`
+  case movqVqWq
+  /// `movq Pq, Qq`
+  case movqPqQq
+  /// `movdqa Vx, Wx`
+  case movdqaVxWx
+  /// `movdqu Vx, Wx`
+  case movdquVxWx
+  /// `movq Qq, Pq`
+  case movqQqPq
+  /// `movdqa Wx, Vx`
+  case movdqaWxVx
+  /// `movdqu Wx, Vx`
+  case movdquWxVx
+  /// `movq Wq, Vq`
+  case movqWqVq
+  /// `movq2dq Vq, Nq`
+  case movq2dqVqNq
+  /// `movdq2q Pq, Uq`
+  case movdq2qPqUq
+  /// `pmovmskb Gy, Nq`
+  case pmovmskbGyNq
+  /// `pmovmskb Gy, Ux`
+  case pmovmskbGyUx
+  /// `movntq Mq, Pq`
+  case movntqMqPq
+  /// `movntdq Mx, Vx`
+  case movntdqMxVx
+  /// `lddqu Vx, Mx`
+  case lddquVxMx
+  /// `movntdqa Vx, Mx`
+  case movntdqaVxMx
+  /// `maskmovq Pq, Nq`
+  case maskmovqPqNq
+  /// `maskmovdqu Vx, Ux`
+  case maskmovdquVxUx
+  /// `pinsrw Pq, Mw, Ib`
+  case pinsrwPqMwIb
+  /// `pinsrw Pq, Rd, Ib`
+  case pinsrwPqRdIb
+  /// `pinsrw Vx, Mw, Ib`
+  case pinsrwVxMwIb
+  /// `pinsrw Vx, Rd, Ib`
+  case pinsrwVxRdIb
+  /// `pextrw Gd, Nq, Ib`
+  case pextrwGdNqIb
+  /// `pextrw Gd, Ux, Ib`
+  case pextrwGdUxIb
+  /// `emms`
+  case emms
+  /// `pshufw Pq, Qq, Ib`
+  case pshufwPqQqIb
+  /// `pshufd Vx, Wx, Ib`
+  case pshufdVxWxIb
+  /// `pshufhw Vx, Wx, Ib`
+  case pshufhwVxWxIb
+  /// `pshuflw Vx, Wx, Ib`
+  case pshuflwVxWxIb
+  /// `psrlw Nq, Ib`
+  case psrlwNqIb
+  /// `psrlw Ux, Ib`
+  case psrlwUxIb
+  /// `psraw Nq, Ib`
+  case psrawNqIb
+  /// `psraw Ux, Ib`
+  case psrawUxIb
+  /// `psllw Nq, Ib`
+  case psllwNqIb
+  /// `psllw Ux, Ib`
+  case psllwUxIb
+  /// `psrld Nq, Ib`
+  case psrldNqIb
+  /// `psrld Ux, Ib`
+  case psrldUxIb
+  /// `psrad Nq, Ib`
+  case psradNqIb
+  /// `psrad Ux, Ib`
+  case psradUxIb
+  /// `pslld Nq, Ib`
+  case pslldNqIb
+  /// `pslld Ux, Ib`
+  case pslldUxIb
+  /// `psrlq Nq, Ib`
+  case psrlqNqIb
+  /// `psrlq Ux, Ib`
+  case psrlqUxIb
+  /// `psrldq Ux, Ib`
+  case psrldqUxIb
+  /// `psllq Nq, Ib`
+  case psllqNqIb
+  /// `psllq Ux, Ib`
+  case psllqUxIb
+  /// `pslldq Ux, Ib`
+  case pslldqUxIb
+  /// `punpcklbw Pq, Qd`
+  case punpcklbwPqQd
+  /// `punpcklbw Vx, Wx`
+  case punpcklbwVxWx
+  /// `punpcklwd Pq, Qd`
+  case punpcklwdPqQd
+  /// `punpcklwd Vx, Wx`
+  case punpcklwdVxWx
+  /// `punpckldq Pq, Qd`
+  case punpckldqPqQd
+  /// `punpckldq Vx, Wx`
+  case punpckldqVxWx
+  /// `packsswb Pq, Qq`
+  case packsswbPqQq
+  /// `packsswb Vx, Wx`
+  case packsswbVxWx
+  /// `pcmpgtb Pq, Qq`
+  case pcmpgtbPqQq
+  /// `pcmpgtb Vx, Wx`
+  case pcmpgtbVxWx
+  /// `pcmpgtw Pq, Qq`
+  case pcmpgtwPqQq
+  /// `pcmpgtw Vx, Wx`
+  case pcmpgtwVxWx
+  /// `pcmpgtd Pq, Qq`
+  case pcmpgtdPqQq
+  /// `pcmpgtd Vx, Wx`
+  case pcmpgtdVxWx
+  /// `packuswb Pq, Qq`
+  case packuswbPqQq
+  /// `packuswb Vx, Wx`
+  case packuswbVxWx
+  /// `punpckhbw Pq, Qq`
+  case punpckhbwPqQq
+  /// `punpckhbw Vx, Wx`
+  case punpckhbwVxWx
+  /// `punpckhwd Pq, Qq`
+  case punpckhwdPqQq
+  /// `punpckhwd Vx, Wx`
+  case punpckhwdVxWx
+  /// `punpckhdq Pq, Qq`
+  case punpckhdqPqQq
+  /// `punpckhdq Vx, Wx`
+  case punpckhdqVxWx
+  /// `packssdw Pq, Qq`
+  case packssdwPqQq
+  /// `packssdw Vx, Wx`
+  case packssdwVxWx
+  /// `punpcklqdq Vx, Wx`
+  case punpcklqdqVxWx
+  /// `punpckhqdq Vx, Wx`
+  case punpckhqdqVxWx
+  /// `pcmpeqb Pq, Qq`
+  case pcmpeqbPqQq
+  /// `pcmpeqb Vx, Wx`
+  case pcmpeqbVxWx
+  /// `pcmpeqw Pq, Qq`
+  case pcmpeqwPqQq
+  /// `pcmpeqw Vx, Wx`
+  case pcmpeqwVxWx
+  /// `pcmpeqd Pq, Qq`
+  case pcmpeqdPqQq
+  /// `pcmpeqd Vx, Wx`
+  case pcmpeqdVxWx
+  /// `psrlw Pq, Qq`
+  case psrlwPqQq
+  /// `psrlw Vx, Wx`
+  case psrlwVxWx
+  /// `psrld Pq, Qq`
+  case psrldPqQq
+  /// `psrld Vx, Wx`
+  case psrldVxWx
+  /// `psrlq Pq, Qq`
+  case psrlqPqQq
+  /// `psrlq Vx, Wx`
+  case psrlqVxWx
+  /// `paddq Pq, Qq`
+  case paddqPqQq
+  /// `paddq Vx, Wx`
+  case paddqVxWx
+  /// `pmullw Pq, Qq`
+  case pmullwPqQq
+  /// `pmullw Vx, Wx`
+  case pmullwVxWx
+  /// `psubusb Pq, Qq`
+  case psubusbPqQq
+  /// `psubusb Vx, Wx`
+  case psubusbVxWx
+  /// `psubusw Pq, Qq`
+  case psubuswPqQq
+  /// `psubusw Vx, Wx`
+  case psubuswVxWx
+  /// `pminub Pq, Qq`
+  case pminubPqQq
+  /// `pminub Vx, Wx`
+  case pminubVxWx
+  /// `pand Pq, Qq`
+  case pandPqQq
+  /// `pand Vx, Wx`
+  case pandVxWx
+  /// `paddusb Pq, Qq`
+  case paddusbPqQq
+  /// `paddusb Vx, Wx`
+  case paddusbVxWx
+  /// `paddusw Pq, Qq`
+  case padduswPqQq
+  /// `paddusw Vx, Wx`
+  case padduswVxWx
+  /// `pmaxub Pq, Qq`
+  case pmaxubPqQq
+  /// `pmaxub Vx, Wx`
+  case pmaxubVxWx
+  /// `pandn Pq, Qq`
+  case pandnPqQq
+  /// `pandn Vx, Wx`
+  case pandnVxWx
+  /// `pavgb Pq, Qq`
+  case pavgbPqQq
+  /// `pavgb Vx, Wx`
+  case pavgbVxWx
+  /// `psraw Pq, Qq`
+  case psrawPqQq
+  /// `psraw Vx, Wx`
+  case psrawVxWx
+  /// `psrad Pq, Qq`
+  case psradPqQq
+  /// `psrad Vx, Wx`
+  case psradVxWx
+  /// `pavgw Pq, Qq`
+  case pavgwPqQq
+  /// `pavgw Vx, Wx`
+  case pavgwVxWx
+  /// `pmulhuw Pq, Qq`
+  case pmulhuwPqQq
+  /// `pmulhuw Vx, Wx`
+  case pmulhuwVxWx
+  /// `pmulhw Pq, Qq`
+  case pmulhwPqQq
+  /// `pmulhw Vx, Wx`
+  case pmulhwVxWx
+  /// `psubsb Pq, Qq`
+  case psubsbPqQq
+  /// `psubsb Vx, Wx`
+  case psubsbVxWx
+  /// `psubsw Pq, Qq`
+  case psubswPqQq
+  /// `psubsw Vx, Wx`
+  case psubswVxWx
+  /// `pminsw Pq, Qq`
+  case pminswPqQq
+  /// `pminsw Vx, Wx`
+  case pminswVxWx
+  /// `por Pq, Qq`
+  case porPqQq
+  /// `por Vx, Wx`
+  case porVxWx
+  /// `paddsb Pq, Qq`
+  case paddsbPqQq
+  /// `paddsb Vx, Wx`
+  case paddsbVxWx
+  /// `paddsw Pq, Qq`
+  case paddswPqQq
+  /// `paddsw Vx, Wx`
+  case paddswVxWx
+  /// `pmaxsw Pq, Qq`
+  case pmaxswPqQq
+  /// `pmaxsw Vx, Wx`
+  case pmaxswVxWx
+  /// `pxor Pq, Qq`
+  case pxorPqQq
+  /// `pxor Vx, Wx`
+  case pxorVxWx
+  /// `psllw Pq, Qq`
+  case psllwPqQq
+  /// `psllw Vx, Wx`
+  case psllwVxWx
+  /// `pslld Pq, Qq`
+  case pslldPqQq
+  /// `pslld Vx, Wx`
+  case pslldVxWx
+  /// `psllq Pq, Qq`
+  case psllqPqQq
+  /// `psllq Vx, Wx`
+  case psllqVxWx
+  /// `pmuludq Pq, Qq`
+  case pmuludqPqQq
+  /// `pmuludq Vx, Wx`
+  case pmuludqVxWx
+  /// `pmaddwd Pq, Qq`
+  case pmaddwdPqQq
+  /// `pmaddwd Vx, Wx`
+  case pmaddwdVxWx
+  /// `psadbw Pq, Qq`
+  case psadbwPqQq
+  /// `psadbw Vx, Wx`
+  case psadbwVxWx
+  /// `psubb Pq, Qq`
+  case psubbPqQq
+  /// `psubb Vx, Wx`
+  case psubbVxWx
+  /// `psubw Pq, Qq`
+  case psubwPqQq
+  /// `psubw Vx, Wx`
+  case psubwVxWx
+  /// `psubd Pq, Qq`
+  case psubdPqQq
+  /// `psubd Vx, Wx`
+  case psubdVxWx
+  /// `psubq Pq, Qq`
+  case psubqPqQq
+  /// `psubq Vx, Wx`
+  case psubqVxWx
+  /// `paddb Pq, Qq`
+  case paddbPqQq
+  /// `paddb Vx, Wx`
+  case paddbVxWx
+  /// `paddw Pq, Qq`
+  case paddwPqQq
+  /// `paddw Vx, Wx`
+  case paddwVxWx
+  /// `paddd Pq, Qq`
+  case padddPqQq
+  /// `paddd Vx, Wx`
+  case padddVxWx
+  /// `pshufb Pq, Qq`
+  case pshufbPqQq
+  /// `pshufb Vx, Wx`
+  case pshufbVxWx
+  /// `phaddw Pq, Qq`
+  case phaddwPqQq
+  /// `phaddw Vx, Wx`
+  case phaddwVxWx
+  /// `phaddd Pq, Qq`
+  case phadddPqQq
+  /// `phaddd Vx, Wx`
+  case phadddVxWx
+  /// `phaddsw Pq, Qq`
+  case phaddswPqQq
+  /// `phaddsw Vx, Wx`
+  case phaddswVxWx
+  /// `pmaddubsw Pq, Qq`
+  case pmaddubswPqQq
+  /// `pmaddubsw Vx, Wx`
+  case pmaddubswVxWx
+  /// `phsubw Pq, Qq`
+  case phsubwPqQq
+  /// `phsubw Vx, Wx`
+  case phsubwVxWx
+  /// `phsubd Pq, Qq`
+  case phsubdPqQq
+  /// `phsubd Vx, Wx`
+  case phsubdVxWx
+  /// `phsubsw Pq, Qq`
+  case phsubswPqQq
+  /// `phsubsw Vx, Wx`
+  case phsubswVxWx
+  /// `psignb Pq, Qq`
+  case psignbPqQq
+  /// `psignb Vx, Wx`
+  case psignbVxWx
+  /// `psignw Pq, Qq`
+  case psignwPqQq
+  /// `psignw Vx, Wx`
+  case psignwVxWx
+  /// `psignd Pq, Qq`
+  case psigndPqQq
+  /// `psignd Vx, Wx`
+  case psigndVxWx
+  /// `pmulhrsw Pq, Qq`
+  case pmulhrswPqQq
+  /// `pmulhrsw Vx, Wx`
+  case pmulhrswVxWx
+  /// `pabsb Pq, Qq`
+  case pabsbPqQq
+  /// `pabsb Vx, Wx`
+  case pabsbVxWx
+  /// `pabsw Pq, Qq`
+  case pabswPqQq
+  /// `pabsw Vx, Wx`
+  case pabswVxWx
+  /// `pabsd Pq, Qq`
+  case pabsdPqQq
+  /// `pabsd Vx, Wx`
+  case pabsdVxWx
+  /// `palignr Pq, Qq, Ib`
+  case palignrPqQqIb
+  /// `palignr Vx, Wx, Ib`
+  case palignrVxWxIb
+  /// `pblendvb Vx, Wx, XMM0`
+  case pblendvbVxWxXmm0
+  /// `blendvps Vx, Wx, XMM0`
+  case blendvpsVxWxXmm0
+  /// `blendvpd Vx, Wx, XMM0`
+  case blendvpdVxWxXmm0
+  /// `ptest Vx, Wx`
+  case ptestVxWx
+  /// `pmovsxbw Vx, Wq`
+  case pmovsxbwVxWq
+  /// `pmovsxbd Vx, Wd`
+  case pmovsxbdVxWd
+  /// `pmovsxbq Vx, Ww`
+  case pmovsxbqVxWw
+  /// `pmovsxwd Vx, Wq`
+  case pmovsxwdVxWq
+  /// `pmovsxwq Vx, Wd`
+  case pmovsxwqVxWd
+  /// `pmovsxdq Vx, Wq`
+  case pmovsxdqVxWq
+  /// `pmovzxbw Vx, Wq`
+  case pmovzxbwVxWq
+  /// `pmovzxbd Vx, Wd`
+  case pmovzxbdVxWd
+  /// `pmovzxbq Vx, Ww`
+  case pmovzxbqVxWw
+  /// `pmovzxwd Vx, Wq`
+  case pmovzxwdVxWq
+  /// `pmovzxwq Vx, Wd`
+  case pmovzxwqVxWd
+  /// `pmovzxdq Vx, Wq`
+  case pmovzxdqVxWq
+  /// `pmuldq Vx, Wx`
+  case pmuldqVxWx
+  /// `pcmpeqq Vx, Wx`
+  case pcmpeqqVxWx
+  /// `packusdw Vx, Wx`
+  case packusdwVxWx
+  /// `pcmpgtq Vx, Wx`
+  case pcmpgtqVxWx
+  /// `pminsb Vx, Wx`
+  case pminsbVxWx
+  /// `pminsd Vx, Wx`
+  case pminsdVxWx
+  /// `pminuw Vx, Wx`
+  case pminuwVxWx
+  /// `pminud Vx, Wx`
+  case pminudVxWx
+  /// `pmaxsb Vx, Wx`
+  case pmaxsbVxWx
+  /// `pmaxsd Vx, Wx`
+  case pmaxsdVxWx
+  /// `pmaxuw Vx, Wx`
+  case pmaxuwVxWx
+  /// `pmaxud Vx, Wx`
+  case pmaxudVxWx
+  /// `pmulld Vx, Wx`
+  case pmulldVxWx
+  /// `phminposuw Vx, Wx`
+  case phminposuwVxWx
+  /// `roundps Vx, Wx, Ib`
+  case roundpsVxWxIb
+  /// `roundpd Vx, Wx, Ib`
+  case roundpdVxWxIb
+  /// `roundss Vd, Wd, Ib`
+  case roundssVdWdIb
+  /// `roundsd Vq, Wq, Ib`
+  case roundsdVqWqIb
+  /// `blendps Vx, Wx, Ib`
+  case blendpsVxWxIb
+  /// `blendpd Vx, Wx, Ib`
+  case blendpdVxWxIb
+  /// `pblendw Vx, Wx, Ib`
+  case pblendwVxWxIb
+  /// `pextrb Mb, Vx, Ib`
+  case pextrbMbVxIb
+  /// `pextrb Rd, Vx, Ib`
+  case pextrbRdVxIb
+  /// `pextrw Mw, Vx, Ib`
+  case pextrwMwVxIb
+  /// `pextrw Rd, Vx, Ib`
+  case pextrwRdVxIb
+  /// `pextrd Ed, Vx, Ib`
+  case pextrdEdVxIb
+  /// `pextrq Eq, Vx, Ib`
+  case pextrqEqVxIb
+  /// `extractps Md, Vx, Ib`
+  case extractpsMdVxIb
+  /// `extractps Rd, Vx, Ib`
+  case extractpsRdVxIb
+  /// `pinsrb Vx, Mb, Ib`
+  case pinsrbVxMbIb
+  /// `pinsrb Vx, Rd, Ib`
+  case pinsrbVxRdIb
+  /// `insertps Vx, Wd, Ib`
+  case insertpsVxWdIb
+  /// `pinsrd Vx, Ed, Ib`
+  case pinsrdVxEdIb
+  /// `pinsrq Vx, Eq, Ib`
+  case pinsrqVxEqIb
+  /// `dpps Vx, Wx, Ib`
+  case dppsVxWxIb
+  /// `dppd Vx, Wx, Ib`
+  case dppdVxWxIb
+  /// `mpsadbw Vx, Wx, Ib`
+  case mpsadbwVxWxIb
+  /// `pcmpestrm Vx, Wx, Ib`
+  case pcmpestrmVxWxIb
+  /// `pcmpestri Vx, Wx, Ib`
+  case pcmpestriVxWxIb
+  /// `pcmpistrm Vx, Wx, Ib`
+  case pcmpistrmVxWxIb
+  /// `pcmpistri Vx, Wx, Ib`
+  case pcmpistriVxWxIb
+  /// `aesimc Vx, Wx`
+  case aesimcVxWx
+  /// `aesenc Vx, Wx`
+  case aesencVxWx
+  /// `aesenclast Vx, Wx`
+  case aesenclastVxWx
+  /// `aesdec Vx, Wx`
+  case aesdecVxWx
+  /// `aesdeclast Vx, Wx`
+  case aesdeclastVxWx
+  /// `aeskeygenassist Vx, Wx, Ib`
+  case aeskeygenassistVxWxIb
+  /// `pclmulqdq Vx, Wx, Ib`
+  case pclmulqdqVxWxIb
+  /// `sha1nexte Vx, Wx`
+  case sha1nexteVxWx
+  /// `sha1msg1 Vx, Wx`
+  case sha1msg1VxWx
+  /// `sha1msg2 Vx, Wx`
+  case sha1msg2VxWx
+  /// `sha256rnds2 Vx, Wx, XMM0`
+  case sha256rnds2VxWxXmm0
+  /// `sha256msg1 Vx, Wx`
+  case sha256msg1VxWx
+  /// `sha256msg2 Vx, Wx`
+  case sha256msg2VxWx
+  /// `sha1rnds4 Vx, Wx, Ib`
+  case sha1rnds4VxWxIb
+  /// `vmovups Vx, Wx`
+  case vmovupsVxWx
+  /// `vmovupd Vx, Wx`
+  case vmovupdVxWx
+  /// `vmovss Vd, Md`
+  case vmovssVdMd
+  /// `vmovss Vd, Hd, Ud`
+  case vmovssVdHdUd
+  /// `vmovsd Vq, Mq`
+  case vmovsdVqMq
+  /// `vmovsd Vq, Hq, Uq`
+  case vmovsdVqHqUq
+  /// `vmovups Wx, Vx`
+  case vmovupsWxVx
+  /// `vmovupd Wx, Vx`
+  case vmovupdWxVx
+  /// `vmovss Md, Vd`
+  case vmovssMdVd
+  /// `vmovss Ud, Hd, Vd`
+  case vmovssUdHdVd
+  /// `vmovsd Mq, Vq`
+  case vmovsdMqVq
+  /// `vmovsd Uq, Hq, Vq`
+  case vmovsdUqHqVq
+  /// `vmovlps Vq, Hq, Mq`
+  case vmovlpsVqHqMq
+  /// `vmovhlps Vq, Hq, Uq`
+  case vmovhlpsVqHqUq
+  /// `vmovlpd Vq, Hq, Mq`
+  case vmovlpdVqHqMq
+  /// `vmovsldup Vx, Wx`
+  case vmovsldupVxWx
+  /// `vmovddup Vdq, Wq`
+  case vmovddupVdqWq
+  /// `vmovddup Vqq, Wqq`
+  case vmovddupVqqWqq
+  /// `vmovlps Mq, Vq`
+  case vmovlpsMqVq
+  /// `vmovlpd Mq, Vq`
+  case vmovlpdMqVq
+  /// `vmovhps Vq, Hq, Mq`
+  case vmovhpsVqHqMq
+  /// `vmovlhps Vq, Hq, Uq`
+  case vmovlhpsVqHqUq
+  /// `vmovhpd Vq, Hq, Mq`
+  case vmovhpdVqHqMq
+  /// `vmovshdup Vx, Wx`
+  case vmovshdupVxWx
+  /// `vmovhps Mq, Vq`
+  case vmovhpsMqVq
+  /// `vmovhpd Mq, Vq`
+  case vmovhpdMqVq
+  /// `vmovaps Vx, Wx`
+  case vmovapsVxWx
+  /// `vmovapd Vx, Wx`
+  case vmovapdVxWx
+  /// `vmovaps Wx, Vx`
+  case vmovapsWxVx
+  /// `vmovapd Wx, Vx`
+  case vmovapdWxVx
+  /// `vmovntps Mx, Vx`
+  case vmovntpsMxVx
+  /// `vmovntpd Mx, Vx`
+  case vmovntpdMxVx
+  /// `vmovmskps Gy, Ux`
+  case vmovmskpsGyUx
+  /// `vmovmskpd Gy, Ux`
+  case vmovmskpdGyUx
+  /// `vmaskmovps Vx, Hx, Mx`
+  case vmaskmovpsVxHxMx
+  /// `vmaskmovpd Vx, Hx, Mx`
+  case vmaskmovpdVxHxMx
+  /// `vmaskmovps Mx, Hx, Vx`
+  case vmaskmovpsMxHxVx
+  /// `vmaskmovpd Mx, Hx, Vx`
+  case vmaskmovpdMxHxVx
+  /// `vunpcklps Vx, Hx, Wx`
+  case vunpcklpsVxHxWx
+  /// `vunpcklpd Vx, Hx, Wx`
+  case vunpcklpdVxHxWx
+  /// `vunpckhps Vx, Hx, Wx`
+  case vunpckhpsVxHxWx
+  /// `vunpckhpd Vx, Hx, Wx`
+  case vunpckhpdVxHxWx
+  /// `vucomiss Vd, Wd`
+  case vucomissVdWd
+  /// `vucomisd Vq, Wq`
+  case vucomisdVqWq
+  /// `vcomiss Vd, Wd`
+  case vcomissVdWd
+  /// `vcomisd Vq, Wq`
+  case vcomisdVqWq
+  /// `vsqrtps Vx, Wx`
+  case vsqrtpsVxWx
+  /// `vsqrtpd Vx, Wx`
+  case vsqrtpdVxWx
+  /// `vsqrtss Vd, Hd, Wd`
+  case vsqrtssVdHdWd
+  /// `vsqrtsd Vq, Hq, Wq`
+  case vsqrtsdVqHqWq
+  /// `vrsqrtps Vx, Wx`
+  case vrsqrtpsVxWx
+  /// `vrsqrtss Vd, Hd, Wd`
+  case vrsqrtssVdHdWd
+  /// `vrcpps Vx, Wx`
+  case vrcppsVxWx
+  /// `vrcpss Vd, Hd, Wd`
+  case vrcpssVdHdWd
+  /// `vandps Vx, Hx, Wx`
+  case vandpsVxHxWx
+  /// `vandpd Vx, Hx, Wx`
+  case vandpdVxHxWx
+  /// `vandnps Vx, Hx, Wx`
+  case vandnpsVxHxWx
+  /// `vandnpd Vx, Hx, Wx`
+  case vandnpdVxHxWx
+  /// `vorps Vx, Hx, Wx`
+  case vorpsVxHxWx
+  /// `vorpd Vx, Hx, Wx`
+  case vorpdVxHxWx
+  /// `vxorps Vx, Hx, Wx`
+  case vxorpsVxHxWx
+  /// `vxorpd Vx, Hx, Wx`
+  case vxorpdVxHxWx
+  /// `vaddps Vx, Hx, Wx`
+  case vaddpsVxHxWx
+  /// `vaddpd Vx, Hx, Wx`
+  case vaddpdVxHxWx
+  /// `vaddss Vd, Hd, Wd`
+  case vaddssVdHdWd
+  /// `vaddsd Vq, Hq, Wq`
+  case vaddsdVqHqWq
+  /// `vmulps Vx, Hx, Wx`
+  case vmulpsVxHxWx
+  /// `vmulpd Vx, Hx, Wx`
+  case vmulpdVxHxWx
+  /// `vmulss Vd, Hd, Wd`
+  case vmulssVdHdWd
+  /// `vmulsd Vq, Hq, Wq`
+  case vmulsdVqHqWq
+  /// `vsubps Vx, Hx, Wx`
+  case vsubpsVxHxWx
+  /// `vsubpd Vx, Hx, Wx`
+  case vsubpdVxHxWx
+  /// `vsubss Vd, Hd, Wd`
+  case vsubssVdHdWd
+  /// `vsubsd Vq, Hq, Wq`
+  case vsubsdVqHqWq
+  /// `vminps Vx, Hx, Wx`
+  case vminpsVxHxWx
+  /// `vminpd Vx, Hx, Wx`
+  case vminpdVxHxWx
+  /// `vminss Vd, Hd, Wd`
+  case vminssVdHdWd
+  /// `vminsd Vq, Hq, Wq`
+  case vminsdVqHqWq
+  /// `vdivps Vx, Hx, Wx`
+  case vdivpsVxHxWx
+  /// `vdivpd Vx, Hx, Wx`
+  case vdivpdVxHxWx
+  /// `vdivss Vd, Hd, Wd`
+  case vdivssVdHdWd
+  /// `vdivsd Vq, Hq, Wq`
+  case vdivsdVqHqWq
+  /// `vmaxps Vx, Hx, Wx`
+  case vmaxpsVxHxWx
+  /// `vmaxpd Vx, Hx, Wx`
+  case vmaxpdVxHxWx
+  /// `vmaxss Vd, Hd, Wd`
+  case vmaxssVdHdWd
+  /// `vmaxsd Vq, Hq, Wq`
+  case vmaxsdVqHqWq
+  /// `vcmpps Vx, Hx, Wx, Ib`
+  case vcmppsVxHxWxIb
+  /// `vcmppd Vx, Hx, Wx, Ib`
+  case vcmppdVxHxWxIb
+  /// `vcmpss Vd, Hd, Wd, Ib`
+  case vcmpssVdHdWdIb
+  /// `vcmpsd Vq, Hq, Wq, Ib`
+  case vcmpsdVqHqWqIb
+  /// `vshufps Vx, Hx, Wx, Ib`
+  case vshufpsVxHxWxIb
+  /// `vshufpd Vx, Hx, Wx, Ib`
+  case vshufpdVxHxWxIb
+  /// `vhaddpd Vx, Hx, Wx`
+  case vhaddpdVxHxWx
+  /// `vhaddps Vx, Hx, Wx`
+  case vhaddpsVxHxWx
+  /// `vhsubpd Vx, Hx, Wx`
+  case vhsubpdVxHxWx
+  /// `vhsubps Vx, Hx, Wx`
+  case vhsubpsVxHxWx
+  /// `vaddsubpd Vx, Hx, Wx`
+  case vaddsubpdVxHxWx
+  /// `vaddsubps Vx, Hx, Wx`
+  case vaddsubpsVxHxWx
+  /// `vtestps Vx, Wx`
+  case vtestpsVxWx
+  /// `vtestpd Vx, Wx`
+  case vtestpdVxWx
+  /// `vroundps Vx, Wx, Ib`
+  case vroundpsVxWxIb
+  /// `vroundpd Vx, Wx, Ib`
+  case vroundpdVxWxIb
+  /// `vroundss Vd, Hd, Wd, Ib`
+  case vroundssVdHdWdIb
+  /// `vroundsd Vq, Hq, Wq, Ib`
+  case vroundsdVqHqWqIb
+  /// `vblendps Vx, Hx, Wx, Ib`
+  case vblendpsVxHxWxIb
+  /// `vblendpd Vx, Hx, Wx, Ib`
+  case vblendpdVxHxWxIb
+  /// `vdpps Vx, Hx, Wx, Ib`
+  case vdppsVxHxWxIb
+  /// `vdppd Vdq, Hdq, Wdq, Ib`
+  case vdppdVdqHdqWdqIb
+  /// `vblendvps Vx, Hx, Wx, Lx`
+  case vblendvpsVxHxWxLx
+  /// `vblendvpd Vx, Hx, Wx, Lx`
+  case vblendvpdVxHxWxLx
+  /// `vcvtsi2ss Vd, Hd, Ey`
+  case vcvtsi2ssVdHdEy
+  /// `vcvtsi2sd Vq, Hq, Ey`
+  case vcvtsi2sdVqHqEy
+  /// `vcvttss2si Gy, Wd`
+  case vcvttss2siGyWd
+  /// `vcvttsd2si Gy, Wq`
+  case vcvttsd2siGyWq
+  /// `vcvtss2si Gy, Wd`
+  case vcvtss2siGyWd
+  /// `vcvtsd2si Gy, Wq`
+  case vcvtsd2siGyWq
+  /// `vcvtps2pd Vx, Wxh`
+  case vcvtps2pdVxWxh
+  /// `vcvtpd2ps Vdq, Wx`
+  case vcvtpd2psVdqWx
+  /// `vcvtss2sd Vq, Hq, Wd`
+  case vcvtss2sdVqHqWd
+  /// `vcvtsd2ss Vd, Hd, Wq`
+  case vcvtsd2ssVdHdWq
+  /// `vcvtdq2ps Vx, Wx`
+  case vcvtdq2psVxWx
+  /// `vcvtps2dq Vx, Wx`
+  case vcvtps2dqVxWx
+  /// `vcvttps2dq Vx, Wx`
+  case vcvttps2dqVxWx
+  /// `vcvttpd2dq Vdq, Wx`
+  case vcvttpd2dqVdqWx
+  /// `vcvtdq2pd Vx, Wxh`
+  case vcvtdq2pdVxWxh
+  /// `vcvtpd2dq Vdq, Wx`
+  case vcvtpd2dqVdqWx
+  /// `vcvtph2ps Vx, Wxh`
+  case vcvtph2psVxWxh
+  /// `vcvtps2ph Wxh, Vx, Ib`
+  case vcvtps2phWxhVxIb
+  /// `vpermilps Vx, Hx, Wx`
+  case vpermilpsVxHxWx
+  /// `vpermilpd Vx, Hx, Wx`
+  case vpermilpdVxHxWx
+  /// `vpermilps Vx, Wx, Ib`
+  case vpermilpsVxWxIb
+  /// `vpermilpd Vx, Wx, Ib`
+  case vpermilpdVxWxIb
+  /// `vperm2f128 Vqq, Hqq, Wqq, Ib`
+  case vperm2f128VqqHqqWqqIb
+  /// `vperm2i128 Vqq, Hqq, Wqq, Ib`
+  case vperm2i128VqqHqqWqqIb
+  /// `vpermps Vqq, Hqq, Wqq`
+  case vpermpsVqqHqqWqq
+  /// `vpermd Vqq, Hqq, Wqq`
+  case vpermdVqqHqqWqq
+  /// `vpermq Vqq, Wqq, Ib`
+  case vpermqVqqWqqIb
+  /// `vpermpd Vqq, Wqq, Ib`
+  case vpermpdVqqWqqIb
+  /// `vbroadcastss Vx, Md`
+  case vbroadcastssVxMd
+  /// `vbroadcastss Vx, Ud`
+  case vbroadcastssVxUd
+  /// `vbroadcastsd Vqq, Mq`
+  case vbroadcastsdVqqMq
+  /// `vbroadcastsd Vqq, Uq`
+  case vbroadcastsdVqqUq
+  /// `vbroadcastf128 Vqq, Mdq`
+  case vbroadcastf128VqqMdq
+  /// `vbroadcasti128 Vqq, Mdq`
+  case vbroadcasti128VqqMdq
+  /// `vpbroadcastd Vx, Wd`
+  case vpbroadcastdVxWd
+  /// `vpbroadcastq Vx, Wq`
+  case vpbroadcastqVxWq
+  /// `vpbroadcastb Vx, Wb`
+  case vpbroadcastbVxWb
+  /// `vpbroadcastw Vx, Ww`
+  case vpbroadcastwVxWw
+  /// `vinsertf128 Vqq, Hqq, Wdq, Ib`
+  case vinsertf128VqqHqqWdqIb
+  /// `vextractf128 Wdq, Vqq, Ib`
+  case vextractf128WdqVqqIb
+  /// `vinserti128 Vqq, Hqq, Wdq, Ib`
+  case vinserti128VqqHqqWdqIb
+  /// `vextracti128 Wdq, Vqq, Ib`
+  case vextracti128WdqVqqIb
+  /// `vpextrb Mb, Vdq, Ib`
+  case vpextrbMbVdqIb
+  /// `vpextrb Rd, Vdq, Ib`
+  case vpextrbRdVdqIb
+  /// `vpextrw Mw, Vdq, Ib`
+  case vpextrwMwVdqIb
+  /// `vpextrw Rd, Vdq, Ib`
+  case vpextrwRdVdqIb
+  /// `vpextrd Ed, Vdq, Ib`
+  case vpextrdEdVdqIb
+  /// `vpextrq Eq, Vdq, Ib`
+  case vpextrqEqVdqIb
+  /// `vextractps Md, Vdq, Ib`
+  case vextractpsMdVdqIb
+  /// `vextractps Rd, Vdq, Ib`
+  case vextractpsRdVdqIb
+  /// `vpinsrw Vdq, Hdq, Mw, Ib`
+  case vpinsrwVdqHdqMwIb
+  /// `vpinsrw Vdq, Hdq, Rd, Ib`
+  case vpinsrwVdqHdqRdIb
+  /// `vpextrw Gd, Udq, Ib`
+  case vpextrwGdUdqIb
+  /// `vpinsrb Vdq, Hdq, Mb, Ib`
+  case vpinsrbVdqHdqMbIb
+  /// `vpinsrb Vdq, Hdq, Rd, Ib`
+  case vpinsrbVdqHdqRdIb
+  /// `vinsertps Vdq, Hdq, Wd, Ib`
+  case vinsertpsVdqHdqWdIb
+  /// `vpinsrd Vdq, Hdq, Ed, Ib`
+  case vpinsrdVdqHdqEdIb
+  /// `vpinsrq Vdq, Hdq, Eq, Ib`
+  case vpinsrqVdqHdqEqIb
+  /// `vpshufd Vx, Wx, Ib`
+  case vpshufdVxWxIb
+  /// `vpshufhw Vx, Wx, Ib`
+  case vpshufhwVxWxIb
+  /// `vpshuflw Vx, Wx, Ib`
+  case vpshuflwVxWxIb
+  /// `vpalignr Vx, Hx, Wx, Ib`
+  case vpalignrVxHxWxIb
+  /// `vpblendw Vx, Hx, Wx, Ib`
+  case vpblendwVxHxWxIb
+  /// `vpblendd Vx, Hx, Wx, Ib`
+  case vpblenddVxHxWxIb
+  /// `vpblendvb Vx, Hx, Wx, Lx`
+  case vpblendvbVxHxWxLx
+  /// `vmovd Vd, Ed`
+  case vmovdVdEd
+  /// `vmovq Vq, Eq`
+  case vmovqVqEq
+  /// `vmovd Ed, Vd`
+  case vmovdEdVd
+  /// `vmovq Eq, Vq`
+  case vmovqEqVq
+  /// `vmovq Vq, Wq`
+  case vmovqVqWq
+  /// `vmovq Wq, Vq`
+  case vmovqWqVq
+  /// `vmovdqa Vx, Wx`
+  case vmovdqaVxWx
+  /// `vmovdqu Vx, Wx`
+  case vmovdquVxWx
+  /// `vmovdqa Wx, Vx`
+  case vmovdqaWxVx
+  /// `vmovdqu Wx, Vx`
+  case vmovdquWxVx
+  /// `vmovntdq Mx, Vx`
+  case vmovntdqMxVx
+  /// `vlddqu Vx, Mx`
+  case vlddquVxMx
+  /// `vmovntdqa Vx, Mx`
+  case vmovntdqaVxMx
+  /// `vpmovmskb Gy, Ux`
+  case vpmovmskbGyUx
+  /// `vmaskmovdqu Vdq, Udq`
+  case vmaskmovdquVdqUdq
+  /// `vpmaskmovd Vx, Hx, Mx`
+  case vpmaskmovdVxHxMx
+  /// `vpmaskmovq Vx, Hx, Mx`
+  case vpmaskmovqVxHxMx
+  /// `vpmaskmovd Mx, Hx, Vx`
+  case vpmaskmovdMxHxVx
+  /// `vpmaskmovq Mx, Hx, Vx`
+  case vpmaskmovqMxHxVx
+  /// `vpmovsxbw Vx, Wxh`
+  case vpmovsxbwVxWxh
+  /// `vpmovsxbd Vx, Wxq`
+  case vpmovsxbdVxWxq
+  /// `vpmovsxbq Vx, Wxe`
+  case vpmovsxbqVxWxe
+  /// `vpmovsxwd Vx, Wxh`
+  case vpmovsxwdVxWxh
+  /// `vpmovsxwq Vx, Wxq`
+  case vpmovsxwqVxWxq
+  /// `vpmovsxdq Vx, Wxh`
+  case vpmovsxdqVxWxh
+  /// `vpmovzxbw Vx, Wxh`
+  case vpmovzxbwVxWxh
+  /// `vpmovzxbd Vx, Wxq`
+  case vpmovzxbdVxWxq
+  /// `vpmovzxbq Vx, Wxe`
+  case vpmovzxbqVxWxe
+  /// `vpmovzxwd Vx, Wxh`
+  case vpmovzxwdVxWxh
+  /// `vpmovzxwq Vx, Wxq`
+  case vpmovzxwqVxWxq
+  /// `vpmovzxdq Vx, Wxh`
+  case vpmovzxdqVxWxh
+  /// `vzeroupper`
+  case vzeroupper
+  /// `vzeroall`
+  case vzeroall
+  /// `vpsrlw Hx, Ux, Ib`
+  case vpsrlwHxUxIb
+  /// `vpsraw Hx, Ux, Ib`
+  case vpsrawHxUxIb
+  /// `vpsllw Hx, Ux, Ib`
+  case vpsllwHxUxIb
+  /// `vpsrld Hx, Ux, Ib`
+  case vpsrldHxUxIb
+  /// `vpsrad Hx, Ux, Ib`
+  case vpsradHxUxIb
+  /// `vpslld Hx, Ux, Ib`
+  case vpslldHxUxIb
+  /// `vpsrlq Hx, Ux, Ib`
+  case vpsrlqHxUxIb
+  /// `vpsrldq Hx, Ux, Ib`
+  case vpsrldqHxUxIb
+  /// `vpsllq Hx, Ux, Ib`
+  case vpsllqHxUxIb
+  /// `vpslldq Hx, Ux, Ib`
+  case vpslldqHxUxIb
+  /// `vpunpcklbw Vx, Hx, Wx`
+  case vpunpcklbwVxHxWx
+  /// `vpunpcklwd Vx, Hx, Wx`
+  case vpunpcklwdVxHxWx
+  /// `vpunpckldq Vx, Hx, Wx`
+  case vpunpckldqVxHxWx
+  /// `vpacksswb Vx, Hx, Wx`
+  case vpacksswbVxHxWx
+  /// `vpcmpgtb Vx, Hx, Wx`
+  case vpcmpgtbVxHxWx
+  /// `vpcmpgtw Vx, Hx, Wx`
+  case vpcmpgtwVxHxWx
+  /// `vpcmpgtd Vx, Hx, Wx`
+  case vpcmpgtdVxHxWx
+  /// `vpackuswb Vx, Hx, Wx`
+  case vpackuswbVxHxWx
+  /// `vpunpckhbw Vx, Hx, Wx`
+  case vpunpckhbwVxHxWx
+  /// `vpunpckhwd Vx, Hx, Wx`
+  case vpunpckhwdVxHxWx
+  /// `vpunpckhdq Vx, Hx, Wx`
+  case vpunpckhdqVxHxWx
+  /// `vpackssdw Vx, Hx, Wx`
+  case vpackssdwVxHxWx
+  /// `vpunpcklqdq Vx, Hx, Wx`
+  case vpunpcklqdqVxHxWx
+  /// `vpunpckhqdq Vx, Hx, Wx`
+  case vpunpckhqdqVxHxWx
+  /// `vpcmpeqb Vx, Hx, Wx`
+  case vpcmpeqbVxHxWx
+  /// `vpcmpeqw Vx, Hx, Wx`
+  case vpcmpeqwVxHxWx
+  /// `vpcmpeqd Vx, Hx, Wx`
+  case vpcmpeqdVxHxWx
+  /// `vpsrlw Vx, Hx, Wdq`
+  case vpsrlwVxHxWdq
+  /// `vpsrld Vx, Hx, Wdq`
+  case vpsrldVxHxWdq
+  /// `vpsrlq Vx, Hx, Wdq`
+  case vpsrlqVxHxWdq
+  /// `vpaddq Vx, Hx, Wx`
+  case vpaddqVxHxWx
+  /// `vpmullw Vx, Hx, Wx`
+  case vpmullwVxHxWx
+  /// `vpsubusb Vx, Hx, Wx`
+  case vpsubusbVxHxWx
+  /// `vpsubusw Vx, Hx, Wx`
+  case vpsubuswVxHxWx
+  /// `vpminub Vx, Hx, Wx`
+  case vpminubVxHxWx
+  /// `vpand Vx, Hx, Wx`
+  case vpandVxHxWx
+  /// `vpaddusb Vx, Hx, Wx`
+  case vpaddusbVxHxWx
+  /// `vpaddusw Vx, Hx, Wx`
+  case vpadduswVxHxWx
+  /// `vpmaxub Vx, Hx, Wx`
+  case vpmaxubVxHxWx
+  /// `vpandn Vx, Hx, Wx`
+  case vpandnVxHxWx
+  /// `vpavgb Vx, Hx, Wx`
+  case vpavgbVxHxWx
+  /// `vpsraw Vx, Hx, Wdq`
+  case vpsrawVxHxWdq
+  /// `vpsrad Vx, Hx, Wdq`
+  case vpsradVxHxWdq
+  /// `vpavgw Vx, Hx, Wx`
+  case vpavgwVxHxWx
+  /// `vpmulhuw Vx, Hx, Wx`
+  case vpmulhuwVxHxWx
+  /// `vpmulhw Vx, Hx, Wx`
+  case vpmulhwVxHxWx
+  /// `vpsubsb Vx, Hx, Wx`
+  case vpsubsbVxHxWx
+  /// `vpsubsw Vx, Hx, Wx`
+  case vpsubswVxHxWx
+  /// `vpminsw Vx, Hx, Wx`
+  case vpminswVxHxWx
+  /// `vpor Vx, Hx, Wx`
+  case vporVxHxWx
+  /// `vpaddsb Vx, Hx, Wx`
+  case vpaddsbVxHxWx
+  /// `vpaddsw Vx, Hx, Wx`
+  case vpaddswVxHxWx
+  /// `vpmaxsw Vx, Hx, Wx`
+  case vpmaxswVxHxWx
+  /// `vpxor Vx, Hx, Wx`
+  case vpxorVxHxWx
+  /// `vpsllw Vx, Hx, Wdq`
+  case vpsllwVxHxWdq
+  /// `vpslld Vx, Hx, Wdq`
+  case vpslldVxHxWdq
+  /// `vpsllq Vx, Hx, Wdq`
+  case vpsllqVxHxWdq
+  /// `vpmuludq Vx, Hx, Wx`
+  case vpmuludqVxHxWx
+  /// `vpmaddwd Vx, Hx, Wx`
+  case vpmaddwdVxHxWx
+  /// `vpsadbw Vx, Hx, Wx`
+  case vpsadbwVxHxWx
+  /// `vpsubb Vx, Hx, Wx`
+  case vpsubbVxHxWx
+  /// `vpsubw Vx, Hx, Wx`
+  case vpsubwVxHxWx
+  /// `vpsubd Vx, Hx, Wx`
+  case vpsubdVxHxWx
+  /// `vpsubq Vx, Hx, Wx`
+  case vpsubqVxHxWx
+  /// `vpaddb Vx, Hx, Wx`
+  case vpaddbVxHxWx
+  /// `vpaddw Vx, Hx, Wx`
+  case vpaddwVxHxWx
+  /// `vpaddd Vx, Hx, Wx`
+  case vpadddVxHxWx
+  /// `vpshufb Vx, Hx, Wx`
+  case vpshufbVxHxWx
+  /// `vphaddw Vx, Hx, Wx`
+  case vphaddwVxHxWx
+  /// `vphaddd Vx, Hx, Wx`
+  case vphadddVxHxWx
+  /// `vphaddsw Vx, Hx, Wx`
+  case vphaddswVxHxWx
+  /// `vpmaddubsw Vx, Hx, Wx`
+  case vpmaddubswVxHxWx
+  /// `vphsubw Vx, Hx, Wx`
+  case vphsubwVxHxWx
+  /// `vphsubd Vx, Hx, Wx`
+  case vphsubdVxHxWx
+  /// `vphsubsw Vx, Hx, Wx`
+  case vphsubswVxHxWx
+  /// `vpsignb Vx, Hx, Wx`
+  case vpsignbVxHxWx
+  /// `vpsignw Vx, Hx, Wx`
+  case vpsignwVxHxWx
+  /// `vpsignd Vx, Hx, Wx`
+  case vpsigndVxHxWx
+  /// `vpmulhrsw Vx, Hx, Wx`
+  case vpmulhrswVxHxWx
+  /// `vpabsb Vx, Wx`
+  case vpabsbVxWx
+  /// `vpabsw Vx, Wx`
+  case vpabswVxWx
+  /// `vpabsd Vx, Wx`
+  case vpabsdVxWx
+  /// `vptest Vx, Wx`
+  case vptestVxWx
+  /// `vpmuldq Vx, Hx, Wx`
+  case vpmuldqVxHxWx
+  /// `vpcmpeqq Vx, Hx, Wx`
+  case vpcmpeqqVxHxWx
+  /// `vpackusdw Vx, Hx, Wx`
+  case vpackusdwVxHxWx
+  /// `vpcmpgtq Vx, Hx, Wx`
+  case vpcmpgtqVxHxWx
+  /// `vpminsb Vx, Hx, Wx`
+  case vpminsbVxHxWx
+  /// `vpminsd Vx, Hx, Wx`
+  case vpminsdVxHxWx
+  /// `vpminuw Vx, Hx, Wx`
+  case vpminuwVxHxWx
+  /// `vpminud Vx, Hx, Wx`
+  case vpminudVxHxWx
+  /// `vpmaxsb Vx, Hx, Wx`
+  case vpmaxsbVxHxWx
+  /// `vpmaxsd Vx, Hx, Wx`
+  case vpmaxsdVxHxWx
+  /// `vpmaxuw Vx, Hx, Wx`
+  case vpmaxuwVxHxWx
+  /// `vpmaxud Vx, Hx, Wx`
+  case vpmaxudVxHxWx
+  /// `vpmulld Vx, Hx, Wx`
+  case vpmulldVxHxWx
+  /// `vphminposuw Vdq, Wdq`
+  case vphminposuwVdqWdq
+  /// `vmpsadbw Vx, Hx, Wx, Ib`
+  case vmpsadbwVxHxWxIb
+  /// `vpsrlvd Vx, Hx, Wx`
+  case vpsrlvdVxHxWx
+  /// `vpsrlvq Vx, Hx, Wx`
+  case vpsrlvqVxHxWx
+  /// `vpsravd Vx, Hx, Wx`
+  case vpsravdVxHxWx
+  /// `vpsllvd Vx, Hx, Wx`
+  case vpsllvdVxHxWx
+  /// `vpsllvq Vx, Hx, Wx`
+  case vpsllvqVxHxWx
+  /// `vpcmpestrm Vdq, Wdq, Ib`
+  case vpcmpestrmVdqWdqIb
+  /// `vpcmpestri Vdq, Wdq, Ib`
+  case vpcmpestriVdqWdqIb
+  /// `vpcmpistrm Vdq, Wdq, Ib`
+  case vpcmpistrmVdqWdqIb
+  /// `vpcmpistri Vdq, Wdq, Ib`
+  case vpcmpistriVdqWdqIb
+  /// `vpgatherdd Vx, VXd, Hx`
+  case vpgatherddVxVxdHx
+  /// `vpgatherdq Vx, VIq, Hx`
+  case vpgatherdqVxViqHx
+  /// `vpgatherqd Vdq, VXd, Hdq`
+  case vpgatherqdVdqVxdHdq
+  /// `vpgatherqq Vx, VXq, Hx`
+  case vpgatherqqVxVxqHx
+  /// `vgatherdps Vx, VXd, Hx`
+  case vgatherdpsVxVxdHx
+  /// `vgatherdpd Vx, VIq, Hx`
+  case vgatherdpdVxViqHx
+  /// `vgatherqps Vdq, VXd, Hdq`
+  case vgatherqpsVdqVxdHdq
+  /// `vgatherqpd Vx, VXq, Hx`
+  case vgatherqpdVxVxqHx
+  /// `vfmaddsub132ps Vx, Hx, Wx`
+  case vfmaddsub132psVxHxWx
+  /// `vfmaddsub132pd Vx, Hx, Wx`
+  case vfmaddsub132pdVxHxWx
+  /// `vfmsubadd132ps Vx, Hx, Wx`
+  case vfmsubadd132psVxHxWx
+  /// `vfmsubadd132pd Vx, Hx, Wx`
+  case vfmsubadd132pdVxHxWx
+  /// `vfmadd132ps Vx, Hx, Wx`
+  case vfmadd132psVxHxWx
+  /// `vfmadd132pd Vx, Hx, Wx`
+  case vfmadd132pdVxHxWx
+  /// `vfmadd132ss Vd, Hd, Wd`
+  case vfmadd132ssVdHdWd
+  /// `vfmadd132sd Vq, Hq, Wq`
+  case vfmadd132sdVqHqWq
+  /// `vfmsub132ps Vx, Hx, Wx`
+  case vfmsub132psVxHxWx
+  /// `vfmsub132pd Vx, Hx, Wx`
+  case vfmsub132pdVxHxWx
+  /// `vfmsub132ss Vd, Hd, Wd`
+  case vfmsub132ssVdHdWd
+  /// `vfmsub132sd Vq, Hq, Wq`
+  case vfmsub132sdVqHqWq
+  /// `vfnmadd132ps Vx, Hx, Wx`
+  case vfnmadd132psVxHxWx
+  /// `vfnmadd132pd Vx, Hx, Wx`
+  case vfnmadd132pdVxHxWx
+  /// `vfnmadd132ss Vd, Hd, Wd`
+  case vfnmadd132ssVdHdWd
+  /// `vfnmadd132sd Vq, Hq, Wq`
+  case vfnmadd132sdVqHqWq
+  /// `vfnmsub132ps Vx, Hx, Wx`
+  case vfnmsub132psVxHxWx
+  /// `vfnmsub132pd Vx, Hx, Wx`
+  case vfnmsub132pdVxHxWx
+  /// `vfnmsub132ss Vd, Hd, Wd`
+  case vfnmsub132ssVdHdWd
+  /// `vfnmsub132sd Vq, Hq, Wq`
+  case vfnmsub132sdVqHqWq
+  /// `vfmaddsub213ps Vx, Hx, Wx`
+  case vfmaddsub213psVxHxWx
+  /// `vfmaddsub213pd Vx, Hx, Wx`
+  case vfmaddsub213pdVxHxWx
+  /// `vfmsubadd213ps Vx, Hx, Wx`
+  case vfmsubadd213psVxHxWx
+  /// `vfmsubadd213pd Vx, Hx, Wx`
+  case vfmsubadd213pdVxHxWx
+  /// `vfmadd213ps Vx, Hx, Wx`
+  case vfmadd213psVxHxWx
+  /// `vfmadd213pd Vx, Hx, Wx`
+  case vfmadd213pdVxHxWx
+  /// `vfmadd213ss Vd, Hd, Wd`
+  case vfmadd213ssVdHdWd
+  /// `vfmadd213sd Vq, Hq, Wq`
+  case vfmadd213sdVqHqWq
+  /// `vfmsub213ps Vx, Hx, Wx`
+  case vfmsub213psVxHxWx
+  /// `vfmsub213pd Vx, Hx, Wx`
+  case vfmsub213pdVxHxWx
+  /// `vfmsub213ss Vd, Hd, Wd`
+  case vfmsub213ssVdHdWd
+  /// `vfmsub213sd Vq, Hq, Wq`
+  case vfmsub213sdVqHqWq
+  /// `vfnmadd213ps Vx, Hx, Wx`
+  case vfnmadd213psVxHxWx
+  /// `vfnmadd213pd Vx, Hx, Wx`
+  case vfnmadd213pdVxHxWx
+  /// `vfnmadd213ss Vd, Hd, Wd`
+  case vfnmadd213ssVdHdWd
+  /// `vfnmadd213sd Vq, Hq, Wq`
+  case vfnmadd213sdVqHqWq
+  /// `vfnmsub213ps Vx, Hx, Wx`
+  case vfnmsub213psVxHxWx
+  /// `vfnmsub213pd Vx, Hx, Wx`
+  case vfnmsub213pdVxHxWx
+  /// `vfnmsub213ss Vd, Hd, Wd`
+  case vfnmsub213ssVdHdWd
+  /// `vfnmsub213sd Vq, Hq, Wq`
+  case vfnmsub213sdVqHqWq
+  /// `vfmaddsub231ps Vx, Hx, Wx`
+  case vfmaddsub231psVxHxWx
+  /// `vfmaddsub231pd Vx, Hx, Wx`
+  case vfmaddsub231pdVxHxWx
+  /// `vfmsubadd231ps Vx, Hx, Wx`
+  case vfmsubadd231psVxHxWx
+  /// `vfmsubadd231pd Vx, Hx, Wx`
+  case vfmsubadd231pdVxHxWx
+  /// `vfmadd231ps Vx, Hx, Wx`
+  case vfmadd231psVxHxWx
+  /// `vfmadd231pd Vx, Hx, Wx`
+  case vfmadd231pdVxHxWx
+  /// `vfmadd231ss Vd, Hd, Wd`
+  case vfmadd231ssVdHdWd
+  /// `vfmadd231sd Vq, Hq, Wq`
+  case vfmadd231sdVqHqWq
+  /// `vfmsub231ps Vx, Hx, Wx`
+  case vfmsub231psVxHxWx
+  /// `vfmsub231pd Vx, Hx, Wx`
+  case vfmsub231pdVxHxWx
+  /// `vfmsub231ss Vd, Hd, Wd`
+  case vfmsub231ssVdHdWd
+  /// `vfmsub231sd Vq, Hq, Wq`
+  case vfmsub231sdVqHqWq
+  /// `vfnmadd231ps Vx, Hx, Wx`
+  case vfnmadd231psVxHxWx
+  /// `vfnmadd231pd Vx, Hx, Wx`
+  case vfnmadd231pdVxHxWx
+  /// `vfnmadd231ss Vd, Hd, Wd`
+  case vfnmadd231ssVdHdWd
+  /// `vfnmadd231sd Vq, Hq, Wq`
+  case vfnmadd231sdVqHqWq
+  /// `vfnmsub231ps Vx, Hx, Wx`
+  case vfnmsub231psVxHxWx
+  /// `vfnmsub231pd Vx, Hx, Wx`
+  case vfnmsub231pdVxHxWx
+  /// `vfnmsub231ss Vd, Hd, Wd`
+  case vfnmsub231ssVdHdWd
+  /// `vfnmsub231sd Vq, Hq, Wq`
+  case vfnmsub231sdVqHqWq
+  /// `vaesimc Vdq, Wdq`
+  case vaesimcVdqWdq
+  /// `vaesenc Vdq, Hdq, Wdq`
+  case vaesencVdqHdqWdq
+  /// `vaesenclast Vdq, Hdq, Wdq`
+  case vaesenclastVdqHdqWdq
+  /// `vaesdec Vdq, Hdq, Wdq`
+  case vaesdecVdqHdqWdq
+  /// `vaesdeclast Vdq, Hdq, Wdq`
+  case vaesdeclastVdqHdqWdq
+  /// `vaeskeygenassist Vdq, Wdq, Ib`
+  case vaeskeygenassistVdqWdqIb
+  /// `vpclmulqdq Vdq, Hdq, Wdq, Ib`
+  case vpclmulqdqVdqHdqWdqIb
 }
 
 /// The name of an instruction, whatever its operands.
@@ -1587,6 +3403,1406 @@ public enum Mnemonic: Sendable {
   case skinit
   /// `invlpga`
   case invlpga
+  /// `fwait`
+  case fwait
+  /// `fadd`
+  case fadd
+  /// `fmul`
+  case fmul
+  /// `fcom`
+  case fcom
+  /// `fcomp`
+  case fcomp
+  /// `fsub`
+  case fsub
+  /// `fsubr`
+  case fsubr
+  /// `fdiv`
+  case fdiv
+  /// `fdivr`
+  case fdivr
+  /// `fiadd`
+  case fiadd
+  /// `fimul`
+  case fimul
+  /// `ficom`
+  case ficom
+  /// `ficomp`
+  case ficomp
+  /// `fisub`
+  case fisub
+  /// `fisubr`
+  case fisubr
+  /// `fidiv`
+  case fidiv
+  /// `fidivr`
+  case fidivr
+  /// `faddp`
+  case faddp
+  /// `fmulp`
+  case fmulp
+  /// `fcompp`
+  case fcompp
+  /// `fsubrp`
+  case fsubrp
+  /// `fsubp`
+  case fsubp
+  /// `fdivrp`
+  case fdivrp
+  /// `fdivp`
+  case fdivp
+  /// `fld`
+  case fld
+  /// `fst`
+  case fst
+  /// `fstp`
+  case fstp
+  /// `fxch`
+  case fxch
+  /// `fild`
+  case fild
+  /// `fisttp`
+  case fisttp
+  /// `fist`
+  case fist
+  /// `fistp`
+  case fistp
+  /// `fbld`
+  case fbld
+  /// `fbstp`
+  case fbstp
+  /// `fcmovb`
+  case fcmovb
+  /// `fcmove`
+  case fcmove
+  /// `fcmovbe`
+  case fcmovbe
+  /// `fcmovu`
+  case fcmovu
+  /// `fcmovnb`
+  case fcmovnb
+  /// `fcmovne`
+  case fcmovne
+  /// `fcmovnbe`
+  case fcmovnbe
+  /// `fcmovnu`
+  case fcmovnu
+  /// `fucomi`
+  case fucomi
+  /// `fcomi`
+  case fcomi
+  /// `fucomip`
+  case fucomip
+  /// `fcomip`
+  case fcomip
+  /// `fucom`
+  case fucom
+  /// `fucomp`
+  case fucomp
+  /// `fucompp`
+  case fucompp
+  /// `fnop`
+  case fnop
+  /// `fchs`
+  case fchs
+  /// `fabs`
+  case fabs
+  /// `ftst`
+  case ftst
+  /// `fxam`
+  case fxam
+  /// `fld1`
+  case fld1
+  /// `fldl2t`
+  case fldl2t
+  /// `fldl2e`
+  case fldl2e
+  /// `fldpi`
+  case fldpi
+  /// `fldlg2`
+  case fldlg2
+  /// `fldln2`
+  case fldln2
+  /// `fldz`
+  case fldz
+  /// `f2xm1`
+  case f2xm1
+  /// `fyl2x`
+  case fyl2x
+  /// `fptan`
+  case fptan
+  /// `fpatan`
+  case fpatan
+  /// `fxtract`
+  case fxtract
+  /// `fprem1`
+  case fprem1
+  /// `fdecstp`
+  case fdecstp
+  /// `fincstp`
+  case fincstp
+  /// `fprem`
+  case fprem
+  /// `fyl2xp1`
+  case fyl2xp1
+  /// `fsqrt`
+  case fsqrt
+  /// `fsincos`
+  case fsincos
+  /// `frndint`
+  case frndint
+  /// `fscale`
+  case fscale
+  /// `fsin`
+  case fsin
+  /// `fcos`
+  case fcos
+  /// `ffree`
+  case ffree
+  /// `ffreep`
+  case ffreep
+  /// `fldenv`
+  case fldenv
+  /// `fldcw`
+  case fldcw
+  /// `fnstenv`
+  case fnstenv
+  /// `fnstcw`
+  case fnstcw
+  /// `frstor`
+  case frstor
+  /// `fnsave`
+  case fnsave
+  /// `fnstsw`
+  case fnstsw
+  /// `fneni`
+  case fneni
+  /// `fndisi`
+  case fndisi
+  /// `fnclex`
+  case fnclex
+  /// `fninit`
+  case fninit
+  /// `fnsetpm`
+  case fnsetpm
+  /// `movups`
+  case movups
+  /// `movupd`
+  case movupd
+  /// `movss`
+  case movss
+  /// `movsd`
+  case movsd
+  /// `movlps`
+  case movlps
+  /// `movhlps`
+  case movhlps
+  /// `movlpd`
+  case movlpd
+  /// `movsldup`
+  case movsldup
+  /// `movddup`
+  case movddup
+  /// `movhps`
+  case movhps
+  /// `movlhps`
+  case movlhps
+  /// `movhpd`
+  case movhpd
+  /// `movshdup`
+  case movshdup
+  /// `movaps`
+  case movaps
+  /// `movapd`
+  case movapd
+  /// `movntps`
+  case movntps
+  /// `movntpd`
+  case movntpd
+  /// `movmskps`
+  case movmskps
+  /// `movmskpd`
+  case movmskpd
+  /// `unpcklps`
+  case unpcklps
+  /// `unpcklpd`
+  case unpcklpd
+  /// `unpckhps`
+  case unpckhps
+  /// `unpckhpd`
+  case unpckhpd
+  /// `ucomiss`
+  case ucomiss
+  /// `ucomisd`
+  case ucomisd
+  /// `comiss`
+  case comiss
+  /// `comisd`
+  case comisd
+  /// `sqrtps`
+  case sqrtps
+  /// `sqrtpd`
+  case sqrtpd
+  /// `sqrtss`
+  case sqrtss
+  /// `sqrtsd`
+  case sqrtsd
+  /// `rsqrtps`
+  case rsqrtps
+  /// `rsqrtss`
+  case rsqrtss
+  /// `rcpps`
+  case rcpps
+  /// `rcpss`
+  case rcpss
+  /// `andps`
+  case andps
+  /// `andpd`
+  case andpd
+  /// `andnps`
+  case andnps
+  /// `andnpd`
+  case andnpd
+  /// `orps`
+  case orps
+  /// `orpd`
+  case orpd
+  /// `xorps`
+  case xorps
+  /// `xorpd`
+  case xorpd
+  /// `addps`
+  case addps
+  /// `addpd`
+  case addpd
+  /// `addss`
+  case addss
+  /// `addsd`
+  case addsd
+  /// `mulps`
+  case mulps
+  /// `mulpd`
+  case mulpd
+  /// `mulss`
+  case mulss
+  /// `mulsd`
+  case mulsd
+  /// `subps`
+  case subps
+  /// `subpd`
+  case subpd
+  /// `subss`
+  case subss
+  /// `subsd`
+  case subsd
+  /// `minps`
+  case minps
+  /// `minpd`
+  case minpd
+  /// `minss`
+  case minss
+  /// `minsd`
+  case minsd
+  /// `divps`
+  case divps
+  /// `divpd`
+  case divpd
+  /// `divss`
+  case divss
+  /// `divsd`
+  case divsd
+  /// `maxps`
+  case maxps
+  /// `maxpd`
+  case maxpd
+  /// `maxss`
+  case maxss
+  /// `maxsd`
+  case maxsd
+  /// `cmpps`
+  case cmpps
+  /// `cmppd`
+  case cmppd
+  /// `cmpss`
+  case cmpss
+  /// `cmpsd`
+  case cmpsd
+  /// `shufps`
+  case shufps
+  /// `shufpd`
+  case shufpd
+  /// `haddpd`
+  case haddpd
+  /// `haddps`
+  case haddps
+  /// `hsubpd`
+  case hsubpd
+  /// `hsubps`
+  case hsubps
+  /// `addsubpd`
+  case addsubpd
+  /// `addsubps`
+  case addsubps
+  /// `cvtpi2ps`
+  case cvtpi2ps
+  /// `cvtpi2pd`
+  case cvtpi2pd
+  /// `cvtsi2ss`
+  case cvtsi2ss
+  /// `cvtsi2sd`
+  case cvtsi2sd
+  /// `cvttps2pi`
+  case cvttps2pi
+  /// `cvttpd2pi`
+  case cvttpd2pi
+  /// `cvttss2si`
+  case cvttss2si
+  /// `cvttsd2si`
+  case cvttsd2si
+  /// `cvtps2pi`
+  case cvtps2pi
+  /// `cvtpd2pi`
+  case cvtpd2pi
+  /// `cvtss2si`
+  case cvtss2si
+  /// `cvtsd2si`
+  case cvtsd2si
+  /// `cvtps2pd`
+  case cvtps2pd
+  /// `cvtpd2ps`
+  case cvtpd2ps
+  /// `cvtss2sd`
+  case cvtss2sd
+  /// `cvtsd2ss`
+  case cvtsd2ss
+  /// `cvtdq2ps`
+  case cvtdq2ps
+  /// `cvtps2dq`
+  case cvtps2dq
+  /// `cvttps2dq`
+  case cvttps2dq
+  /// `cvttpd2dq`
+  case cvttpd2dq
+  /// `cvtdq2pd`
+  case cvtdq2pd
+  /// `cvtpd2dq`
+  case cvtpd2dq
+  /// `movd`
+  case movd
+  /// `movq`
+  case movq
+  /// `movdqa`
+  case movdqa
+  /// `movdqu`
+  case movdqu
+  /// `movq2dq`
+  case movq2dq
+  /// `movdq2q`
+  case movdq2q
+  /// `pmovmskb`
+  case pmovmskb
+  /// `movntq`
+  case movntq
+  /// `movntdq`
+  case movntdq
+  /// `lddqu`
+  case lddqu
+  /// `movntdqa`
+  case movntdqa
+  /// `maskmovq`
+  case maskmovq
+  /// `maskmovdqu`
+  case maskmovdqu
+  /// `pinsrw`
+  case pinsrw
+  /// `pextrw`
+  case pextrw
+  /// `emms`
+  case emms
+  /// `pshufw`
+  case pshufw
+  /// `pshufd`
+  case pshufd
+  /// `pshufhw`
+  case pshufhw
+  /// `pshuflw`
+  case pshuflw
+  /// `psrlw`
+  case psrlw
+  /// `psraw`
+  case psraw
+  /// `psllw`
+  case psllw
+  /// `psrld`
+  case psrld
+  /// `psrad`
+  case psrad
+  /// `pslld`
+  case pslld
+  /// `psrlq`
+  case psrlq
+  /// `psrldq`
+  case psrldq
+  /// `psllq`
+  case psllq
+  /// `pslldq`
+  case pslldq
+  /// `punpcklbw`
+  case punpcklbw
+  /// `punpcklwd`
+  case punpcklwd
+  /// `punpckldq`
+  case punpckldq
+  /// `packsswb`
+  case packsswb
+  /// `pcmpgtb`
+  case pcmpgtb
+  /// `pcmpgtw`
+  case pcmpgtw
+  /// `pcmpgtd`
+  case pcmpgtd
+  /// `packuswb`
+  case packuswb
+  /// `punpckhbw`
+  case punpckhbw
+  /// `punpckhwd`
+  case punpckhwd
+  /// `punpckhdq`
+  case punpckhdq
+  /// `packssdw`
+  case packssdw
+  /// `punpcklqdq`
+  case punpcklqdq
+  /// `punpckhqdq`
+  case punpckhqdq
+  /// `pcmpeqb`
+  case pcmpeqb
+  /// `pcmpeqw`
+  case pcmpeqw
+  /// `pcmpeqd`
+  case pcmpeqd
+  /// `paddq`
+  case paddq
+  /// `pmullw`
+  case pmullw
+  /// `psubusb`
+  case psubusb
+  /// `psubusw`
+  case psubusw
+  /// `pminub`
+  case pminub
+  /// `pand`
+  case pand
+  /// `paddusb`
+  case paddusb
+  /// `paddusw`
+  case paddusw
+  /// `pmaxub`
+  case pmaxub
+  /// `pandn`
+  case pandn
+  /// `pavgb`
+  case pavgb
+  /// `pavgw`
+  case pavgw
+  /// `pmulhuw`
+  case pmulhuw
+  /// `pmulhw`
+  case pmulhw
+  /// `psubsb`
+  case psubsb
+  /// `psubsw`
+  case psubsw
+  /// `pminsw`
+  case pminsw
+  /// `por`
+  case por
+  /// `paddsb`
+  case paddsb
+  /// `paddsw`
+  case paddsw
+  /// `pmaxsw`
+  case pmaxsw
+  /// `pxor`
+  case pxor
+  /// `pmuludq`
+  case pmuludq
+  /// `pmaddwd`
+  case pmaddwd
+  /// `psadbw`
+  case psadbw
+  /// `psubb`
+  case psubb
+  /// `psubw`
+  case psubw
+  /// `psubd`
+  case psubd
+  /// `psubq`
+  case psubq
+  /// `paddb`
+  case paddb
+  /// `paddw`
+  case paddw
+  /// `paddd`
+  case paddd
+  /// `pshufb`
+  case pshufb
+  /// `phaddw`
+  case phaddw
+  /// `phaddd`
+  case phaddd
+  /// `phaddsw`
+  case phaddsw
+  /// `pmaddubsw`
+  case pmaddubsw
+  /// `phsubw`
+  case phsubw
+  /// `phsubd`
+  case phsubd
+  /// `phsubsw`
+  case phsubsw
+  /// `psignb`
+  case psignb
+  /// `psignw`
+  case psignw
+  /// `psignd`
+  case psignd
+  /// `pmulhrsw`
+  case pmulhrsw
+  /// `pabsb`
+  case pabsb
+  /// `pabsw`
+  case pabsw
+  /// `pabsd`
+  case pabsd
+  /// `palignr`
+  case palignr
+  /// `pblendvb`
+  case pblendvb
+  /// `blendvps`
+  case blendvps
+  /// `blendvpd`
+  case blendvpd
+  /// `ptest`
+  case ptest
+  /// `pmovsxbw`
+  case pmovsxbw
+  /// `pmovsxbd`
+  case pmovsxbd
+  /// `pmovsxbq`
+  case pmovsxbq
+  /// `pmovsxwd`
+  case pmovsxwd
+  /// `pmovsxwq`
+  case pmovsxwq
+  /// `pmovsxdq`
+  case pmovsxdq
+  /// `pmovzxbw`
+  case pmovzxbw
+  /// `pmovzxbd`
+  case pmovzxbd
+  /// `pmovzxbq`
+  case pmovzxbq
+  /// `pmovzxwd`
+  case pmovzxwd
+  /// `pmovzxwq`
+  case pmovzxwq
+  /// `pmovzxdq`
+  case pmovzxdq
+  /// `pmuldq`
+  case pmuldq
+  /// `pcmpeqq`
+  case pcmpeqq
+  /// `packusdw`
+  case packusdw
+  /// `pcmpgtq`
+  case pcmpgtq
+  /// `pminsb`
+  case pminsb
+  /// `pminsd`
+  case pminsd
+  /// `pminuw`
+  case pminuw
+  /// `pminud`
+  case pminud
+  /// `pmaxsb`
+  case pmaxsb
+  /// `pmaxsd`
+  case pmaxsd
+  /// `pmaxuw`
+  case pmaxuw
+  /// `pmaxud`
+  case pmaxud
+  /// `pmulld`
+  case pmulld
+  /// `phminposuw`
+  case phminposuw
+  /// `roundps`
+  case roundps
+  /// `roundpd`
+  case roundpd
+  /// `roundss`
+  case roundss
+  /// `roundsd`
+  case roundsd
+  /// `blendps`
+  case blendps
+  /// `blendpd`
+  case blendpd
+  /// `pblendw`
+  case pblendw
+  /// `pextrb`
+  case pextrb
+  /// `pextrd`
+  case pextrd
+  /// `pextrq`
+  case pextrq
+  /// `extractps`
+  case extractps
+  /// `pinsrb`
+  case pinsrb
+  /// `insertps`
+  case insertps
+  /// `pinsrd`
+  case pinsrd
+  /// `pinsrq`
+  case pinsrq
+  /// `dpps`
+  case dpps
+  /// `dppd`
+  case dppd
+  /// `mpsadbw`
+  case mpsadbw
+  /// `pcmpestrm`
+  case pcmpestrm
+  /// `pcmpestri`
+  case pcmpestri
+  /// `pcmpistrm`
+  case pcmpistrm
+  /// `pcmpistri`
+  case pcmpistri
+  /// `aesimc`
+  case aesimc
+  /// `aesenc`
+  case aesenc
+  /// `aesenclast`
+  case aesenclast
+  /// `aesdec`
+  case aesdec
+  /// `aesdeclast`
+  case aesdeclast
+  /// `aeskeygenassist`
+  case aeskeygenassist
+  /// `pclmulqdq`
+  case pclmulqdq
+  /// `sha1nexte`
+  case sha1nexte
+  /// `sha1msg1`
+  case sha1msg1
+  /// `sha1msg2`
+  case sha1msg2
+  /// `sha256rnds2`
+  case sha256rnds2
+  /// `sha256msg1`
+  case sha256msg1
+  /// `sha256msg2`
+  case sha256msg2
+  /// `sha1rnds4`
+  case sha1rnds4
+  /// `vmovups`
+  case vmovups
+  /// `vmovupd`
+  case vmovupd
+  /// `vmovss`
+  case vmovss
+  /// `vmovsd`
+  case vmovsd
+  /// `vmovlps`
+  case vmovlps
+  /// `vmovhlps`
+  case vmovhlps
+  /// `vmovlpd`
+  case vmovlpd
+  /// `vmovsldup`
+  case vmovsldup
+  /// `vmovddup`
+  case vmovddup
+  /// `vmovhps`
+  case vmovhps
+  /// `vmovlhps`
+  case vmovlhps
+  /// `vmovhpd`
+  case vmovhpd
+  /// `vmovshdup`
+  case vmovshdup
+  /// `vmovaps`
+  case vmovaps
+  /// `vmovapd`
+  case vmovapd
+  /// `vmovntps`
+  case vmovntps
+  /// `vmovntpd`
+  case vmovntpd
+  /// `vmovmskps`
+  case vmovmskps
+  /// `vmovmskpd`
+  case vmovmskpd
+  /// `vmaskmovps`
+  case vmaskmovps
+  /// `vmaskmovpd`
+  case vmaskmovpd
+  /// `vunpcklps`
+  case vunpcklps
+  /// `vunpcklpd`
+  case vunpcklpd
+  /// `vunpckhps`
+  case vunpckhps
+  /// `vunpckhpd`
+  case vunpckhpd
+  /// `vucomiss`
+  case vucomiss
+  /// `vucomisd`
+  case vucomisd
+  /// `vcomiss`
+  case vcomiss
+  /// `vcomisd`
+  case vcomisd
+  /// `vsqrtps`
+  case vsqrtps
+  /// `vsqrtpd`
+  case vsqrtpd
+  /// `vsqrtss`
+  case vsqrtss
+  /// `vsqrtsd`
+  case vsqrtsd
+  /// `vrsqrtps`
+  case vrsqrtps
+  /// `vrsqrtss`
+  case vrsqrtss
+  /// `vrcpps`
+  case vrcpps
+  /// `vrcpss`
+  case vrcpss
+  /// `vandps`
+  case vandps
+  /// `vandpd`
+  case vandpd
+  /// `vandnps`
+  case vandnps
+  /// `vandnpd`
+  case vandnpd
+  /// `vorps`
+  case vorps
+  /// `vorpd`
+  case vorpd
+  /// `vxorps`
+  case vxorps
+  /// `vxorpd`
+  case vxorpd
+  /// `vaddps`
+  case vaddps
+  /// `vaddpd`
+  case vaddpd
+  /// `vaddss`
+  case vaddss
+  /// `vaddsd`
+  case vaddsd
+  /// `vmulps`
+  case vmulps
+  /// `vmulpd`
+  case vmulpd
+  /// `vmulss`
+  case vmulss
+  /// `vmulsd`
+  case vmulsd
+  /// `vsubps`
+  case vsubps
+  /// `vsubpd`
+  case vsubpd
+  /// `vsubss`
+  case vsubss
+  /// `vsubsd`
+  case vsubsd
+  /// `vminps`
+  case vminps
+  /// `vminpd`
+  case vminpd
+  /// `vminss`
+  case vminss
+  /// `vminsd`
+  case vminsd
+  /// `vdivps`
+  case vdivps
+  /// `vdivpd`
+  case vdivpd
+  /// `vdivss`
+  case vdivss
+  /// `vdivsd`
+  case vdivsd
+  /// `vmaxps`
+  case vmaxps
+  /// `vmaxpd`
+  case vmaxpd
+  /// `vmaxss`
+  case vmaxss
+  /// `vmaxsd`
+  case vmaxsd
+  /// `vcmpps`
+  case vcmpps
+  /// `vcmppd`
+  case vcmppd
+  /// `vcmpss`
+  case vcmpss
+  /// `vcmpsd`
+  case vcmpsd
+  /// `vshufps`
+  case vshufps
+  /// `vshufpd`
+  case vshufpd
+  /// `vhaddpd`
+  case vhaddpd
+  /// `vhaddps`
+  case vhaddps
+  /// `vhsubpd`
+  case vhsubpd
+  /// `vhsubps`
+  case vhsubps
+  /// `vaddsubpd`
+  case vaddsubpd
+  /// `vaddsubps`
+  case vaddsubps
+  /// `vtestps`
+  case vtestps
+  /// `vtestpd`
+  case vtestpd
+  /// `vroundps`
+  case vroundps
+  /// `vroundpd`
+  case vroundpd
+  /// `vroundss`
+  case vroundss
+  /// `vroundsd`
+  case vroundsd
+  /// `vblendps`
+  case vblendps
+  /// `vblendpd`
+  case vblendpd
+  /// `vdpps`
+  case vdpps
+  /// `vdppd`
+  case vdppd
+  /// `vblendvps`
+  case vblendvps
+  /// `vblendvpd`
+  case vblendvpd
+  /// `vcvtsi2ss`
+  case vcvtsi2ss
+  /// `vcvtsi2sd`
+  case vcvtsi2sd
+  /// `vcvttss2si`
+  case vcvttss2si
+  /// `vcvttsd2si`
+  case vcvttsd2si
+  /// `vcvtss2si`
+  case vcvtss2si
+  /// `vcvtsd2si`
+  case vcvtsd2si
+  /// `vcvtps2pd`
+  case vcvtps2pd
+  /// `vcvtpd2ps`
+  case vcvtpd2ps
+  /// `vcvtss2sd`
+  case vcvtss2sd
+  /// `vcvtsd2ss`
+  case vcvtsd2ss
+  /// `vcvtdq2ps`
+  case vcvtdq2ps
+  /// `vcvtps2dq`
+  case vcvtps2dq
+  /// `vcvttps2dq`
+  case vcvttps2dq
+  /// `vcvttpd2dq`
+  case vcvttpd2dq
+  /// `vcvtdq2pd`
+  case vcvtdq2pd
+  /// `vcvtpd2dq`
+  case vcvtpd2dq
+  /// `vcvtph2ps`
+  case vcvtph2ps
+  /// `vcvtps2ph`
+  case vcvtps2ph
+  /// `vpermilps`
+  case vpermilps
+  /// `vpermilpd`
+  case vpermilpd
+  /// `vperm2f128`
+  case vperm2f128
+  /// `vperm2i128`
+  case vperm2i128
+  /// `vpermps`
+  case vpermps
+  /// `vpermd`
+  case vpermd
+  /// `vpermq`
+  case vpermq
+  /// `vpermpd`
+  case vpermpd
+  /// `vbroadcastss`
+  case vbroadcastss
+  /// `vbroadcastsd`
+  case vbroadcastsd
+  /// `vbroadcastf128`
+  case vbroadcastf128
+  /// `vbroadcasti128`
+  case vbroadcasti128
+  /// `vpbroadcastd`
+  case vpbroadcastd
+  /// `vpbroadcastq`
+  case vpbroadcastq
+  /// `vpbroadcastb`
+  case vpbroadcastb
+  /// `vpbroadcastw`
+  case vpbroadcastw
+  /// `vinsertf128`
+  case vinsertf128
+  /// `vextractf128`
+  case vextractf128
+  /// `vinserti128`
+  case vinserti128
+  /// `vextracti128`
+  case vextracti128
+  /// `vpextrb`
+  case vpextrb
+  /// `vpextrw`
+  case vpextrw
+  /// `vpextrd`
+  case vpextrd
+  /// `vpextrq`
+  case vpextrq
+  /// `vextractps`
+  case vextractps
+  /// `vpinsrw`
+  case vpinsrw
+  /// `vpinsrb`
+  case vpinsrb
+  /// `vinsertps`
+  case vinsertps
+  /// `vpinsrd`
+  case vpinsrd
+  /// `vpinsrq`
+  case vpinsrq
+  /// `vpshufd`
+  case vpshufd
+  /// `vpshufhw`
+  case vpshufhw
+  /// `vpshuflw`
+  case vpshuflw
+  /// `vpalignr`
+  case vpalignr
+  /// `vpblendw`
+  case vpblendw
+  /// `vpblendd`
+  case vpblendd
+  /// `vpblendvb`
+  case vpblendvb
+  /// `vmovd`
+  case vmovd
+  /// `vmovq`
+  case vmovq
+  /// `vmovdqa`
+  case vmovdqa
+  /// `vmovdqu`
+  case vmovdqu
+  /// `vmovntdq`
+  case vmovntdq
+  /// `vlddqu`
+  case vlddqu
+  /// `vmovntdqa`
+  case vmovntdqa
+  /// `vpmovmskb`
+  case vpmovmskb
+  /// `vmaskmovdqu`
+  case vmaskmovdqu
+  /// `vpmaskmovd`
+  case vpmaskmovd
+  /// `vpmaskmovq`
+  case vpmaskmovq
+  /// `vpmovsxbw`
+  case vpmovsxbw
+  /// `vpmovsxbd`
+  case vpmovsxbd
+  /// `vpmovsxbq`
+  case vpmovsxbq
+  /// `vpmovsxwd`
+  case vpmovsxwd
+  /// `vpmovsxwq`
+  case vpmovsxwq
+  /// `vpmovsxdq`
+  case vpmovsxdq
+  /// `vpmovzxbw`
+  case vpmovzxbw
+  /// `vpmovzxbd`
+  case vpmovzxbd
+  /// `vpmovzxbq`
+  case vpmovzxbq
+  /// `vpmovzxwd`
+  case vpmovzxwd
+  /// `vpmovzxwq`
+  case vpmovzxwq
+  /// `vpmovzxdq`
+  case vpmovzxdq
+  /// `vzeroupper`
+  case vzeroupper
+  /// `vzeroall`
+  case vzeroall
+  /// `vpsrlw`
+  case vpsrlw
+  /// `vpsraw`
+  case vpsraw
+  /// `vpsllw`
+  case vpsllw
+  /// `vpsrld`
+  case vpsrld
+  /// `vpsrad`
+  case vpsrad
+  /// `vpslld`
+  case vpslld
+  /// `vpsrlq`
+  case vpsrlq
+  /// `vpsrldq`
+  case vpsrldq
+  /// `vpsllq`
+  case vpsllq
+  /// `vpslldq`
+  case vpslldq
+  /// `vpunpcklbw`
+  case vpunpcklbw
+  /// `vpunpcklwd`
+  case vpunpcklwd
+  /// `vpunpckldq`
+  case vpunpckldq
+  /// `vpacksswb`
+  case vpacksswb
+  /// `vpcmpgtb`
+  case vpcmpgtb
+  /// `vpcmpgtw`
+  case vpcmpgtw
+  /// `vpcmpgtd`
+  case vpcmpgtd
+  /// `vpackuswb`
+  case vpackuswb
+  /// `vpunpckhbw`
+  case vpunpckhbw
+  /// `vpunpckhwd`
+  case vpunpckhwd
+  /// `vpunpckhdq`
+  case vpunpckhdq
+  /// `vpackssdw`
+  case vpackssdw
+  /// `vpunpcklqdq`
+  case vpunpcklqdq
+  /// `vpunpckhqdq`
+  case vpunpckhqdq
+  /// `vpcmpeqb`
+  case vpcmpeqb
+  /// `vpcmpeqw`
+  case vpcmpeqw
+  /// `vpcmpeqd`
+  case vpcmpeqd
+  /// `vpaddq`
+  case vpaddq
+  /// `vpmullw`
+  case vpmullw
+  /// `vpsubusb`
+  case vpsubusb
+  /// `vpsubusw`
+  case vpsubusw
+  /// `vpminub`
+  case vpminub
+  /// `vpand`
+  case vpand
+  /// `vpaddusb`
+  case vpaddusb
+  /// `vpaddusw`
+  case vpaddusw
+  /// `vpmaxub`
+  case vpmaxub
+  /// `vpandn`
+  case vpandn
+  /// `vpavgb`
+  case vpavgb
+  /// `vpavgw`
+  case vpavgw
+  /// `vpmulhuw`
+  case vpmulhuw
+  /// `vpmulhw`
+  case vpmulhw
+  /// `vpsubsb`
+  case vpsubsb
+  /// `vpsubsw`
+  case vpsubsw
+  /// `vpminsw`
+  case vpminsw
+  /// `vpor`
+  case vpor
+  /// `vpaddsb`
+  case vpaddsb
+  /// `vpaddsw`
+  case vpaddsw
+  /// `vpmaxsw`
+  case vpmaxsw
+  /// `vpxor`
+  case vpxor
+  /// `vpmuludq`
+  case vpmuludq
+  /// `vpmaddwd`
+  case vpmaddwd
+  /// `vpsadbw`
+  case vpsadbw
+  /// `vpsubb`
+  case vpsubb
+  /// `vpsubw`
+  case vpsubw
+  /// `vpsubd`
+  case vpsubd
+  /// `vpsubq`
+  case vpsubq
+  /// `vpaddb`
+  case vpaddb
+  /// `vpaddw`
+  case vpaddw
+  /// `vpaddd`
+  case vpaddd
+  /// `vpshufb`
+  case vpshufb
+  /// `vphaddw`
+  case vphaddw
+  /// `vphaddd`
+  case vphaddd
+  /// `vphaddsw`
+  case vphaddsw
+  /// `vpmaddubsw`
+  case vpmaddubsw
+  /// `vphsubw`
+  case vphsubw
+  /// `vphsubd`
+  case vphsubd
+  /// `vphsubsw`
+  case vphsubsw
+  /// `vpsignb`
+  case vpsignb
+  /// `vpsignw`
+  case vpsignw
+  /// `vpsignd`
+  case vpsignd
+  /// `vpmulhrsw`
+  case vpmulhrsw
+  /// `vpabsb`
+  case vpabsb
+  /// `vpabsw`
+  case vpabsw
+  /// `vpabsd`
+  case vpabsd
+  /// `vptest`
+  case vptest
+  /// `vpmuldq`
+  case vpmuldq
+  /// `vpcmpeqq`
+  case vpcmpeqq
+  /// `vpackusdw`
+  case vpackusdw
+  /// `vpcmpgtq`
+  case vpcmpgtq
+  /// `vpminsb`
+  case vpminsb
+  /// `vpminsd`
+  case vpminsd
+  /// `vpminuw`
+  case vpminuw
+  /// `vpminud`
+  case vpminud
+  /// `vpmaxsb`
+  case vpmaxsb
+  /// `vpmaxsd`
+  case vpmaxsd
+  /// `vpmaxuw`
+  case vpmaxuw
+  /// `vpmaxud`
+  case vpmaxud
+  /// `vpmulld`
+  case vpmulld
+  /// `vphminposuw`
+  case vphminposuw
+  /// `vmpsadbw`
+  case vmpsadbw
+  /// `vpsrlvd`
+  case vpsrlvd
+  /// `vpsrlvq`
+  case vpsrlvq
+  /// `vpsravd`
+  case vpsravd
+  /// `vpsllvd`
+  case vpsllvd
+  /// `vpsllvq`
+  case vpsllvq
+  /// `vpcmpestrm`
+  case vpcmpestrm
+  /// `vpcmpestri`
+  case vpcmpestri
+  /// `vpcmpistrm`
+  case vpcmpistrm
+  /// `vpcmpistri`
+  case vpcmpistri
+  /// `vpgatherdd`
+  case vpgatherdd
+  /// `vpgatherdq`
+  case vpgatherdq
+  /// `vpgatherqd`
+  case vpgatherqd
+  /// `vpgatherqq`
+  case vpgatherqq
+  /// `vgatherdps`
+  case vgatherdps
+  /// `vgatherdpd`
+  case vgatherdpd
+  /// `vgatherqps`
+  case vgatherqps
+  /// `vgatherqpd`
+  case vgatherqpd
+  /// `vfmaddsub132ps`
+  case vfmaddsub132ps
+  /// `vfmaddsub132pd`
+  case vfmaddsub132pd
+  /// `vfmsubadd132ps`
+  case vfmsubadd132ps
+  /// `vfmsubadd132pd`
+  case vfmsubadd132pd
+  /// `vfmadd132ps`
+  case vfmadd132ps
+  /// `vfmadd132pd`
+  case vfmadd132pd
+  /// `vfmadd132ss`
+  case vfmadd132ss
+  /// `vfmadd132sd`
+  case vfmadd132sd
+  /// `vfmsub132ps`
+  case vfmsub132ps
+  /// `vfmsub132pd`
+  case vfmsub132pd
+  /// `vfmsub132ss`
+  case vfmsub132ss
+  /// `vfmsub132sd`
+  case vfmsub132sd
+  /// `vfnmadd132ps`
+  case vfnmadd132ps
+  /// `vfnmadd132pd`
+  case vfnmadd132pd
+  /// `vfnmadd132ss`
+  case vfnmadd132ss
+  /// `vfnmadd132sd`
+  case vfnmadd132sd
+  /// `vfnmsub132ps`
+  case vfnmsub132ps
+  /// `vfnmsub132pd`
+  case vfnmsub132pd
+  /// `vfnmsub132ss`
+  case vfnmsub132ss
+  /// `vfnmsub132sd`
+  case vfnmsub132sd
+  /// `vfmaddsub213ps`
+  case vfmaddsub213ps
+  /// `vfmaddsub213pd`
+  case vfmaddsub213pd
+  /// `vfmsubadd213ps`
+  case vfmsubadd213ps
+  /// `vfmsubadd213pd`
+  case vfmsubadd213pd
+  /// `vfmadd213ps`
+  case vfmadd213ps
+  /// `vfmadd213pd`
+  case vfmadd213pd
+  /// `vfmadd213ss`
+  case vfmadd213ss
+  /// `vfmadd213sd`
+  case vfmadd213sd
+  /// `vfmsub213ps`
+  case vfmsub213ps
+  /// `vfmsub213pd`
+  case vfmsub213pd
+  /// `vfmsub213ss`
+  case vfmsub213ss
+  /// `vfmsub213sd`
+  case vfmsub213sd
+  /// `vfnmadd213ps`
+  case vfnmadd213ps
+  /// `vfnmadd213pd`
+  case vfnmadd213pd
+  /// `vfnmadd213ss`
+  case vfnmadd213ss
+  /// `vfnmadd213sd`
+  case vfnmadd213sd
+  /// `vfnmsub213ps`
+  case vfnmsub213ps
+  /// `vfnmsub213pd`
+  case vfnmsub213pd
+  /// `vfnmsub213ss`
+  case vfnmsub213ss
+  /// `vfnmsub213sd`
+  case vfnmsub213sd
+  /// `vfmaddsub231ps`
+  case vfmaddsub231ps
+  /// `vfmaddsub231pd`
+  case vfmaddsub231pd
+  /// `vfmsubadd231ps`
+  case vfmsubadd231ps
+  /// `vfmsubadd231pd`
+  case vfmsubadd231pd
+  /// `vfmadd231ps`
+  case vfmadd231ps
+  /// `vfmadd231pd`
+  case vfmadd231pd
+  /// `vfmadd231ss`
+  case vfmadd231ss
+  /// `vfmadd231sd`
+  case vfmadd231sd
+  /// `vfmsub231ps`
+  case vfmsub231ps
+  /// `vfmsub231pd`
+  case vfmsub231pd
+  /// `vfmsub231ss`
+  case vfmsub231ss
+  /// `vfmsub231sd`
+  case vfmsub231sd
+  /// `vfnmadd231ps`
+  case vfnmadd231ps
+  /// `vfnmadd231pd`
+  case vfnmadd231pd
+  /// `vfnmadd231ss`
+  case vfnmadd231ss
+  /// `vfnmadd231sd`
+  case vfnmadd231sd
+  /// `vfnmsub231ps`
+  case vfnmsub231ps
+  /// `vfnmsub231pd`
+  case vfnmsub231pd
+  /// `vfnmsub231ss`
+  case vfnmsub231ss
+  /// `vfnmsub231sd`
+  case vfnmsub231sd
+  /// `vaesimc`
+  case vaesimc
+  /// `vaesenc`
+  case vaesenc
+  /// `vaesenclast`
+  case vaesenclast
+  /// `vaesdec`
+  case vaesdec
+  /// `vaesdeclast`
+  case vaesdeclast
+  /// `vaeskeygenassist`
+  case vaeskeygenassist
+  /// `vpclmulqdq`
+  case vpclmulqdq
 }
 
 /// The CPUID feature that an instruction belongs to.
@@ -1667,4 +4883,24 @@ public enum Feature: UInt8, Sendable {
   case vmx
   /// SVM
   case svm
+  /// SSE3
+  case sse3
+  /// MMX
+  case mmx
+  /// SSE41
+  case sse41
+  /// SSSE3
+  case ssse3
+  /// AES
+  case aes
+  /// PCLMULQDQ
+  case pclmulqdq
+  /// SHA
+  case sha
+  /// F16C
+  case f16c
+  /// AVX2
+  case avx2
+  /// FMA
+  case fma
 }

@@ -76,13 +76,38 @@ struct Objdump {
     text.split(separator: " ").allSatisfy { prefixes.contains($0) || $0.hasPrefix("rex") }
   }
 
+  private static let stemsWithSuffix = [
+    "sysret", "sysexit", "sgdt", "sidt", "lgdt", "lidt", "call", "jmp", "fldenv", "fnstenv", "frstor", "fnsave",
+    "pcmpestrm", "pcmpestri", "vpcmpestrm", "vpcmpestri",
+  ]
+
+  /// The predicates of CMPPS and its like (SDM volume 2, table 3-1 and the page of VCMPPS), in order.
+  private static let predicates = [
+    "eq", "lt", "le", "unord", "neq", "nlt", "nle", "ord", "eq_uq", "nge", "ngt", "false", "neq_oq", "ge", "gt", "true",
+    "eq_os", "lt_oq", "le_oq", "unord_s", "neq_us", "nlt_uq", "nle_uq", "ord_s", "eq_us", "nge_uq", "ngt_uq",
+    "false_os", "neq_os", "ge_oq", "gt_oq", "true_us",
+  ]
+  private static let products = ["lqlq": "0", "hqlq": "1", "lqhq": "10", "hqhq": "11"]
+
+  private static func pseudoOperation(_ name: Substring) -> (String, String)? {
+    let vex = name.hasPrefix("v") ? "v" : ""
+    let bare = name.dropFirst(vex.count)
+    if bare.hasPrefix("pclmul"), let immediate = products[String(bare.dropFirst(6).prefix(4))] {
+      return (vex + "pclmulqdq", immediate)
+    }
+    guard bare.hasPrefix("cmp"), let predicate = predicates.firstIndex(of: String(bare.dropFirst(3).dropLast(2)))
+    else { return nil }
+    return (vex + "cmp" + bare.suffix(2), String(predicate, radix: 16))
+  }
+
   /// An instruction's text without what the two disassemblers are known to write differently. In order:
   /// - prefixes, which objdump lists even where they mean nothing, and branch hints;
   /// - DS and SS overrides, which only objdump shows where they are the default segment;
   /// - the widths of 128-bit integers (OWORD), and of far pointers with REX.W (80 bits by the SDM);
   /// - size suffixes that the operands make redundant or that only exist on paper;
   /// - branch targets above 64 KiB, where objdump does not cut EIP to 16 bits;
-  /// - XCHG of eAX with itself, which is NOP; targets relative to EIP, which objdump shows with 64 bits.
+  /// - XCHG of eAX with itself, which is NOP; targets relative to EIP, which objdump shows with 64 bits;
+  /// - names that stand for a name and its immediate (CMPEQPS, PCLMULLQLQDQ), and LDDQU, which objdump gives no size.
   static func normalised(_ text: String) -> String {
     var words = text.split(separator: " ")
     while words.count > 1, let first = words.first, prefixes.contains(first) || first.hasPrefix("rex") {
@@ -90,9 +115,18 @@ struct Objdump {
     }
     guard var name = words.first else { return text }
     for hint in [",pn", ",pt"] where name.hasSuffix(hint) { name.removeLast(3) }
-    for stem in ["sysret", "sysexit", "sgdt", "sidt", "lgdt", "lidt", "call", "jmp"]
-    where name.dropLast() == stem && (name.hasSuffix("w") || name.hasSuffix("d")) { name.removeLast() }
+    for stem in stemsWithSuffix where name.dropLast() == stem && "wdq".contains(name.suffix(1)) { name.removeLast() }
     var rest = words.dropFirst().joined(separator: " ")
+    if let base = ["fneni", "fndisi", "fnsetpm"].first(where: name.hasPrefix) { return base }
+    if let (base, immediate) = pseudoOperation(name) {
+      let operands = rest.prefix { $0 != "#" }
+      let comment = rest[operands.endIndex...]
+      rest = operands.trimmingSuffix(" ") + ",0x" + immediate + (comment.isEmpty ? "" : " " + comment)
+      return base + " " + rest
+    }
+    if name.hasSuffix("lddqu") {
+      rest = rest.replacingOccurrences(of: "[XY]MMWORD PTR ", with: "", options: .regularExpression)
+    }
     if rest.contains("[eip"), let comment = rest.firstIndex(of: "#") { rest = rest[..<comment].trimmingSuffix(" ") }
     rest = rest.replacingOccurrences(of: "ds:[", with: "[").replacingOccurrences(of: "ss:[", with: "[")
     rest = rest.replacingOccurrences(of: "OWORD", with: "XMMWORD").replacingOccurrences(of: "XMMXMM", with: "XMM")
