@@ -28,6 +28,11 @@ public final class KVMAccelerator: Accelerator {
       default: throw .missing(engine: "kvm", path: path, reason: HostError.reason(error.errno))
       }
     }
+    do {
+      try ThreadIdentity.installKickHandler()
+    } catch {
+      throw .call("sigaction", errno: error.errno, reason: HostError.reason(error.errno))
+    }
     let version = try kvmCall("KVM_GET_API_VERSION", device.rawValue, CLINUX_KVM_GET_API_VERSION)
     guard version == KVM_API_VERSION else {
       throw .interfaceVersion(found: version, wanted: KVM_API_VERSION)
@@ -69,8 +74,7 @@ public final class KVMAccelerator: Accelerator {
     while true {
       let table = CPUIDTable(capacity: capacity)
       do {
-        _ = try kvmCall(
-          "KVM_GET_SUPPORTED_CPUID", device.rawValue, CLINUX_KVM_GET_SUPPORTED_CPUID, table.pointer)
+        try table.call("KVM_GET_SUPPORTED_CPUID", device.rawValue, CLINUX_KVM_GET_SUPPORTED_CPUID)
         return table.leaves
       } catch .call(_, errno: E2BIG, _) where capacity < 4096 {
         capacity *= 2
@@ -116,7 +120,7 @@ func kvmCall<Argument>(
 
 /// `struct kvm_cpuid2`, whose entries are a flexible array member, which does not import.
 final class CPUIDTable {
-  let pointer: UnsafeMutableRawPointer
+  private let pointer: UnsafeMutableRawPointer
   private let entries: UnsafeMutablePointer<kvm_cpuid_entry2>
 
   init(capacity: Int) {
@@ -143,6 +147,11 @@ final class CPUIDTable {
 
   deinit {
     pointer.deallocate()
+  }
+
+  /// Hands the table to an ioctl; a pointer that left this class could outlive it.
+  func call(_ name: StaticString, _ descriptor: Int32, _ request: UInt) throws(AcceleratorError) {
+    _ = try kvmCall(name, descriptor, request, pointer)
   }
 
   var leaves: [CPUIDLeaf] {

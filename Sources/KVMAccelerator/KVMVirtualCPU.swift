@@ -32,7 +32,7 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
       throw .call("mmap of vCPU \(index)", errno: error.errno, reason: HostError.reason(error.errno))
     }
     shared = mapping.base.assumingMemoryBound(to: kvm_run.self)
-    _ = try kvmCall("KVM_SET_CPUID2", vcpu.rawValue, CLINUX_KVM_SET_CPUID2, CPUIDTable(cpuid).pointer)
+    try CPUIDTable(cpuid).call("KVM_SET_CPUID2", vcpu.rawValue, CLINUX_KVM_SET_CPUID2)
     modelSpecificIndices = try Self.savedRegisterIndices(machine.accelerator)
     descriptor = vcpu
   }
