@@ -26,6 +26,7 @@ public final class AddressBus: Sendable {
   private struct Window {
     let start: UInt64
     let size: UInt64
+    let offset: UInt64
     let device: any BusDevice
   }
 
@@ -38,8 +39,10 @@ public final class AddressBus: Sendable {
     self.name = name
   }
 
-  /// Places a device at `start`; a device may have several windows, which it tells apart by `offset`ting them itself.
-  public func attach(_ device: any BusDevice, at start: UInt64, size: UInt64) throws(DeviceModelError) {
+  /// Places a window of a device at `start`; a device with several tells them apart by the offset each begins at.
+  public func attach(
+    _ device: any BusDevice, at start: UInt64, size: UInt64, offset: UInt64 = 0
+  ) throws(DeviceModelError) {
     let (last, overflow) = start.addingReportingOverflow(size &- 1)
     guard size > 0, !overflow else { throw .window(device: device.name, start: start, size: size) }
     let result = windows.withLock { windows -> Result<Void, DeviceModelError> in
@@ -47,7 +50,7 @@ public final class AddressBus: Sendable {
         return .failure(.overlap(device: device.name, other: other.device.name, start: start, size: size))
       }
       windows.insert(
-        Window(start: start, size: size, device: device),
+        Window(start: start, size: size, offset: offset, device: device),
         at: windows.firstIndex { $0.start > start } ?? windows.count)
       return .success(())
     }
@@ -81,7 +84,7 @@ public final class AddressBus: Sendable {
         if windows[middle].start <= address { low = middle + 1 } else { high = middle }
       }
       guard low > 0, address - windows[low - 1].start < windows[low - 1].size else { return nil }
-      return (windows[low - 1].device, address - windows[low - 1].start)
+      return (windows[low - 1].device, address - windows[low - 1].start + windows[low - 1].offset)
     }
   }
 }

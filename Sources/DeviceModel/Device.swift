@@ -25,6 +25,10 @@ public enum MachineRequest: Equatable, Sendable {
   case powerOff
   /// Reset every device and vCPU.
   case reset
+  /// Sleep in ACPI S3: RAM stays, vCPUs stop until `wake`.
+  case suspend
+  /// Something that wakes a sleeping machine happened; nothing where it does not sleep.
+  case wake
   /// The guest wrote this value to the debug-exit port.
   case debugExit(UInt32)
 }

@@ -52,16 +52,17 @@ public struct ThreadIdentity: Sendable {
   /// Sent to a vCPU thread to take it out of the guest; its handler does nothing.
   public static let kickSignal: Int32 = SIGUSR1
 
-  private let thread: Int32
+  /// The kernel's thread id, as `ps -L` shows it.
+  public let id: Int32
 
   /// The calling thread.
-  public static var current: ThreadIdentity { ThreadIdentity(thread: clinux_gettid()) }
+  public static var current: ThreadIdentity { ThreadIdentity(id: clinux_gettid()) }
 
   /// Makes system calls of that thread that can be interrupted return EINTR.
   ///
   /// A thread that has ended is no error: there is nothing left to interrupt.
   public func interrupt() {
-    _ = clinux_tgkill(getpid(), thread, Self.kickSignal)
+    _ = clinux_tgkill(getpid(), id, Self.kickSignal)
   }
 
   /// Installs the kick signal's empty handler, once per process.

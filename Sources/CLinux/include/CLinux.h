@@ -129,3 +129,12 @@ CLINUX_VOLATILE(16)
 CLINUX_VOLATILE(32)
 CLINUX_VOLATILE(64)
 #undef CLINUX_VOLATILE
+
+/// Puts a terminal into raw mode: every key goes to the reader at once, unechoed. -1 and errno where it is no terminal.
+///
+/// Its former settings come back with clinux_terminal_restore, at exit(3), and when a fatal signal ends the process.
+int clinux_terminal_raw(int terminal);
+void clinux_terminal_restore(void);
+
+/// Blocks `signals` in the calling thread and in those it starts later, and returns a signalfd(2) that reads them.
+int clinux_signal_descriptor(const int *signals, int count);
