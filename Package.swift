@@ -74,7 +74,7 @@ let package = Package(
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
-    tests("BootTests", ["Accelerator", "Boot", "GuestMemory"]),
+    tests("BootTests", ["Accelerator", "Boot", "GuestMemory", "Host"]),
     tests("DeviceConformance", ["DeviceModel", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
     tests("GDBStubTests", ["GDBStub"]),

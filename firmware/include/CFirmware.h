@@ -3,3 +3,7 @@
 #include <stdint.h>
 extern const uint8_t swiftvmm_boot_rom_start[];
 extern const uint8_t swiftvmm_boot_rom_end[];
+
+// Swift does not import arrays without a size.
+static inline const uint8_t *swiftvmm_boot_rom_start_address(void) { return swiftvmm_boot_rom_start; }
+static inline long swiftvmm_boot_rom_size(void) { return swiftvmm_boot_rom_end - swiftvmm_boot_rom_start; }

@@ -1,0 +1,103 @@
+import GuestMemory
+
+/// Fixed addresses of the platform, as docs/DESIGN.md lists them.
+public enum Platform {
+  /// First address that is never RAM below 4 GiB: the PCI hole.
+  public static let pciHole: UInt64 = 0xc000_0000
+  /// 32-bit BARs: the hole up to ECAM.
+  public static let pciWindow32 = GuestRange(start: GuestPhysicalAddress(pciHole), size: 0x2000_0000)!
+  /// PCI Express configuration space of 256 buses.
+  public static let ecam = GuestRange(start: GuestPhysicalAddress(0xe000_0000), size: 0x1000_0000)!
+  /// The I/O APIC's registers.
+  public static let ioapic: UInt64 = 0xfec0_0000
+  /// The HPET's registers.
+  public static let hpet: UInt64 = 0xfed0_0000
+  /// The local APICs' registers.
+  public static let localAPIC: UInt64 = 0xfee0_0000
+  /// IOAPIC, HPET and local APICs, in one range.
+  public static let interruptControllers = GuestRange(start: GuestPhysicalAddress(ioapic), size: 0x30_0000)!
+  /// Where a boot ROM of the greatest size begins; every boot ROM ends at 4 GiB.
+  public static let romArea = GuestRange(start: GuestPhysicalAddress(0xff00_0000), size: 0x100_0000)!
+  /// The BIOS data area that real-mode programs find at 40:0E: the last KiB below the VGA hole.
+  ///
+  /// Its last 64 bytes are ACPI's FACS.
+  public static let extendedBIOSData = GuestRange(start: GuestPhysicalAddress(0x9fc00), size: 0x400)!
+  /// The end of the boot ROM again, below 1 MiB, and ACPI's tables before it.
+  public static let biosArea = GuestRange(start: GuestPhysicalAddress(0xe0000), size: 0x20000)!
+  /// Where extended memory begins.
+  public static let oneMiB: UInt64 = 0x10_0000
+  /// Where RAM goes on after the PCI hole.
+  public static let fourGiB: UInt64 = 0x1_0000_0000
+}
+
+/// Where RAM lies and what guests are told about it: the one source for slots, E820, PVH, Multiboot and fw_cfg.
+public struct MemoryMap: Equatable, Sendable {
+  /// What a range is good for, with E820's numbers (ACPI 6.5, 15.1).
+  public enum Kind: UInt32, Sendable {
+    /// RAM for the guest's use.
+    case usable = 1
+    /// Not RAM, or RAM that is taken.
+    case reserved = 2
+  }
+
+  /// A range and its kind.
+  public struct Entry: Equatable, Sendable {
+    /// Guest-physical addresses.
+    public let range: GuestRange
+    /// What it is good for.
+    public let kind: Kind
+  }
+
+  /// Bytes of RAM.
+  public let size: UInt64
+  /// RAM from 0 on, up to the PCI hole at most. What is below 1 MiB but not usable is RAM behind ROM and tables.
+  public let lowRAM: GuestRange
+  /// RAM from 4 GiB on.
+  public let highRAM: GuestRange?
+  /// Usable and reserved ranges by rising address; they do not overlap, and what is in none is free for devices.
+  public let entries: [Entry]
+
+  /// The map of a machine with `size` bytes of RAM: whole 4 KiB pages, 1 MiB to 2^46 bytes; else `.memorySize`.
+  public init(size: UInt64) throws(BootError) {
+    let low = min(size, Platform.pciHole)
+    guard size & 0xfff == 0, size >= Platform.oneMiB, size <= 1 << 46,
+      let lowRAM = GuestRange(start: GuestPhysicalAddress(0), size: low),
+      let base = GuestRange(start: GuestPhysicalAddress(0), size: Platform.extendedBIOSData.start.rawValue),
+      let extended = GuestRange(start: GuestPhysicalAddress(Platform.oneMiB), size: low - Platform.oneMiB)
+    else { throw .memorySize(size) }
+    highRAM = size > low ? GuestRange(start: GuestPhysicalAddress(Platform.fourGiB), size: size - low) : nil
+    self.size = size
+    self.lowRAM = lowRAM
+    var entries = [
+      Entry(range: base, kind: .usable),
+      Entry(range: Platform.extendedBIOSData, kind: .reserved),
+      Entry(range: Platform.biosArea, kind: .reserved),
+      Entry(range: extended, kind: .usable),
+      Entry(range: Platform.ecam, kind: .reserved),
+      Entry(range: Platform.interruptControllers, kind: .reserved),
+      Entry(range: Platform.romArea, kind: .reserved),
+    ]
+    if let highRAM { entries.append(Entry(range: highRAM, kind: .usable)) }
+    self.entries = entries.filter { $0.range.size > 0 }
+  }
+
+  /// The ranges that `GuestMemory` is made of.
+  public var ram: [GuestRange] { [lowRAM] + (highRAM.map { [$0] } ?? []) }
+
+  /// The ranges that a guest may use as it likes.
+  public var usable: [GuestRange] { entries.filter { $0.kind == .usable }.map(\.range) }
+
+  /// The first address after all RAM and everything below 4 GiB: where 64-bit BARs may begin.
+  public var end: GuestPhysicalAddress { highRAM?.end ?? GuestPhysicalAddress(Platform.fourGiB) }
+
+  /// E820 entries (20 bytes each: base, size, type), as INT 15h, boot_params and fw_cfg's `etc/e820` hold them.
+  public var e820: [UInt8] {
+    var table = TableBytes()
+    for entry in entries {
+      table.append(entry.range.start.rawValue)
+      table.append(entry.range.size)
+      table.append(entry.kind.rawValue)
+    }
+    return table.bytes
+  }
+}
