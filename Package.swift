@@ -59,7 +59,7 @@ let package = Package(
     library(
       "Monitor",
       [
-        "Host", "JSON", "Machine", .product(name: "NIOCore", package: "swift-nio"),
+        "Host", "JSON", .product(name: "NIOCore", package: "swift-nio"),
         .product(name: "NIOPosix", package: "swift-nio"),
       ]),
     .executableTarget(

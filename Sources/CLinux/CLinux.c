@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -23,6 +24,8 @@ int clinux_epoll_wait(int epoll, struct epoll_event *events, int capacity, int64
   struct timespec timeout = {.tv_sec = timeout_nanoseconds / 1000000000, .tv_nsec = timeout_nanoseconds % 1000000000};
   return epoll_pwait2(epoll, events, capacity, timeout_nanoseconds < 0 ? 0 : &timeout, 0);
 }
+
+int clinux_accept(int listener) { return accept4(listener, 0, 0, SOCK_CLOEXEC); }
 
 void clinux_name_thread(const char *name) { pthread_setname_np(pthread_self(), name); }
 

@@ -48,6 +48,20 @@ public struct FileDescriptor: ~Copyable, Sendable {
     }
   }
 
+  /// Sends every byte to a socket; a peer that is gone is EPIPE, never a signal.
+  public borrowing func sendAll(_ bytes: UnsafeRawBufferPointer) throws(HostError) {
+    var rest = bytes[...]
+    while !rest.isEmpty {
+      let part = UnsafeRawBufferPointer(rebasing: rest)
+      let count = send(rawValue, part.baseAddress, part.count, Int32(MSG_NOSIGNAL))
+      if count < 0 {
+        if errno == EINTR { continue }
+        throw .systemCall("send", errno: errno)
+      }
+      rest = rest.dropFirst(count)
+    }
+  }
+
   /// Reads at most `buffer.count` bytes; 0 at the end of the file, nil where the descriptor would block.
   public borrowing func read(into buffer: UnsafeMutableRawBufferPointer) throws(HostError) -> Int? {
     while true {

@@ -105,6 +105,9 @@ int clinux_memory_file(const char *name, int64_t size);
 /// epoll_pwait2(2) without a signal mask; a negative timeout waits for ever.
 int clinux_epoll_wait(int epoll, struct epoll_event *events, int capacity, int64_t timeout_nanoseconds);
 
+/// accept4(2) with close-on-exec, without the peer's address.
+int clinux_accept(int listener);
+
 /// Names the calling thread for debuggers; 15 bytes at most.
 void clinux_name_thread(const char *name);
 

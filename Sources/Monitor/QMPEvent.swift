@@ -1,0 +1,83 @@
+import Glibc
+import JSON
+
+/// Something that happened to the machine, for every client.
+public struct QMPEvent: Equatable, Sendable {
+  /// Why a machine shuts down or resets, by QEMU's names (`ShutdownCause` in its run-state.json).
+  public enum Cause: String, Sendable, CaseIterable {
+    /// An error on the host.
+    case hostError = "host-error"
+    /// `quit`.
+    case quit = "host-qmp-quit"
+    /// `system_reset`.
+    case systemReset = "host-qmp-system-reset"
+    /// A signal such as SIGINT.
+    case signal = "host-signal"
+    /// The terminal's Ctrl-A x.
+    case userInterface = "host-ui"
+    /// The guest powered off.
+    case guestShutdown = "guest-shutdown"
+    /// The guest reset itself.
+    case guestReset = "guest-reset"
+    /// The guest crashed.
+    case guestPanic = "guest-panic"
+
+    var isGuest: Bool { self == .guestShutdown || self == .guestReset || self == .guestPanic }
+  }
+
+  /// Its name.
+  public let name: String
+  /// What it tells besides.
+  public let data: JSONObject
+
+  /// An event of the catalogue.
+  public init(_ name: String, _ data: JSONObject = [:]) {
+    self.name = name
+    self.data = data
+  }
+
+  /// Every vCPU is out of the guest.
+  public static let stop = QMPEvent("STOP")
+  /// The guest goes on.
+  public static let resume = QMPEvent("RESUME")
+  /// The guest was asked to power off.
+  public static let powerDown = QMPEvent("POWERDOWN")
+  /// The machine ends.
+  public static func shutdown(_ cause: Cause) -> QMPEvent { QMPEvent("SHUTDOWN", data(cause)) }
+  /// The machine starts anew.
+  public static func reset(_ cause: Cause) -> QMPEvent { QMPEvent("RESET", data(cause)) }
+  /// The guest crashed; a pause, or the end, follows.
+  public static func guestPanicked(pausing: Bool) -> QMPEvent {
+    QMPEvent("GUEST_PANICKED", ["action": pausing ? "pause" : "poweroff"])
+  }
+
+  private static func data(_ cause: Cause) -> JSONObject {
+    ["guest": .bool(cause.isGuest), "reason": .string(cause.rawValue)]
+  }
+
+  /// Every event with what it tells, for `query-qmp-schema`.
+  static let catalogue: [(name: String, data: [QMPType.Member])] = [
+    ("STOP", []), ("RESUME", []), ("POWERDOWN", []), ("SHUTDOWN", causeMembers), ("RESET", causeMembers),
+    (
+      "GUEST_PANICKED",
+      [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]
+    ),
+  ]
+
+  private static let causeMembers: [QMPType.Member] = [
+    .required("guest", .bool),
+    .required("reason", .enumeration("ShutdownCause", values: Cause.allCases.map(\.rawValue))),
+  ]
+
+  /// The message, with the time of this call.
+  func message() -> JSONValue {
+    var now = timespec()
+    clock_gettime(CLOCK_REALTIME, &now)
+    var message: JSONObject = [
+      "timestamp": ["seconds": JSONValue(now.tv_sec), "microseconds": JSONValue(now.tv_nsec / 1000)],
+      "event": .string(name),
+    ]
+    if data.count > 0 { message["data"] = .object(data) }
+    return .object(message)
+  }
+}
