@@ -1,5 +1,5 @@
 /// The size of code that a CPU runs: what CS.D and CS.L select (Intel SDM, volume 3, section 3.4.5).
-public enum CodeMode: UInt8, Sendable {
+public enum CodeMode: UInt8, Sendable, BitwiseCopyable {
   /// Real mode, virtual-8086 mode, and protected mode with CS.D clear.
   case code16
   /// Protected and compatibility mode with CS.D set.
@@ -9,7 +9,7 @@ public enum CodeMode: UInt8, Sendable {
 }
 
 /// The prefixes of an instruction that still mean something after decoding.
-public struct Prefixes: OptionSet, Sendable {
+public struct Prefixes: OptionSet, Sendable, BitwiseCopyable {
   /// The bits.
   public let rawValue: UInt8
 
@@ -34,9 +34,9 @@ public struct Prefixes: OptionSet, Sendable {
 }
 
 /// One operand of a decoded instruction. Memory, immediates and branch targets are in the instruction's own fields.
-public struct Operand: Sendable {
+public struct Operand: Sendable, BitwiseCopyable {
   /// Where the operand is.
-  public enum Kind: UInt8, Sendable {
+  public enum Kind: UInt8, Sendable, BitwiseCopyable {
     /// There is no such operand.
     case none
     /// `register`.
@@ -76,7 +76,7 @@ public struct Operand: Sendable {
 ///
 /// It holds what the bytes say. What depends on the CPU's state (privilege, paging, whether a feature is enabled,
 /// real mode) is for its reader to judge, with the help of `Operation`'s properties.
-public struct Instruction: Sendable {
+public struct Instruction: Sendable, BitwiseCopyable {
   /// What to do; the row of the opcode table.
   public var operation: Operation
   /// The code size that the instruction was decoded for.

@@ -2,7 +2,7 @@
 // swift-format-ignore-file
 
 /// What an instruction does: one case for each mnemonic and operand encoding of the opcode table.
-public enum Operation: Sendable {
+public enum Operation: Sendable, BitwiseCopyable {
   /// No instruction.
   case invalid
   /// `add Eb, Gb`
@@ -2822,7 +2822,7 @@ public enum Operation: Sendable {
 }
 
 /// The name of an instruction, whatever its operands.
-public enum Mnemonic: Sendable {
+public enum Mnemonic: Sendable, BitwiseCopyable {
   /// No instruction.
   case invalid
   /// `add`

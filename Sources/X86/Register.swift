@@ -2,7 +2,7 @@
 ///
 /// `rawValue` is `class << 4 | index`; the index is the number that instruction encodings use (Intel SDM, volume 2,
 /// section 2.1.5 and tables 2-1 to 2-3), so an interpreter indexes its register file with it directly.
-public struct Register: Equatable, Hashable, Sendable {
+public struct Register: Equatable, Hashable, Sendable, BitwiseCopyable {
   /// The register files.
   public enum Class: UInt8, Sendable {
     /// `al, cl, dl, bl, spl, bpl, sil, dil, r8b`...

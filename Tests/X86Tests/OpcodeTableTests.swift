@@ -18,7 +18,8 @@ import X86
     #expect(Operation.addEvGv.isLockable && !Operation.cmpEvGv.isLockable)
     #expect(Operation.scasAlYb.isRepeatedByZF && Operation.movsYbXb.isString && !Operation.movsYbXb.isRepeatedByZF)
     #expect(Operation.tzcntGvEv.feature == .bmi1 && Operation.bsfGvEv.feature == .base)
-    #expect(Operation.lldtEw.isProtectedModeOnly)
+    #expect(Operation.lldtEw.isProtectedModeOnly && Operation.andnGyByEy.isProtectedModeOnly)
+    #expect(!Operation.lgdtMs.isProtectedModeOnly)
     #expect(Operation.cmpxchg16bMdq.mnemonic.text == "cmpxchg16b")
   }
 
