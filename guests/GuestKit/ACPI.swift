@@ -72,10 +72,9 @@ enum ACPI {
   /// SLP_TYPa of \_S5 in the DSDT: the first element of the package named `_S5_` (20.2.5.4). AML is not interpreted:
   /// the name is searched for, which holds for every DSDT whose S5 is a constant package.
   static func powerOffType(in dsdt: Table) -> UInt8? {
-    let base = UnsafeRawPointer(bitPattern: UInt(dsdt.address))
     var offset: UInt64 = 36
     while true {
-      offset = scan_underscore(base, offset, dsdt.length)
+      offset = scan_underscore(dsdt.address, offset, dsdt.length)
       if offset + 8 >= dsdt.length { return nil }
       let name = dsdt.address + offset
       if load32(name) == 0x5f35_535f && load8(name + 4) == 0x12 {

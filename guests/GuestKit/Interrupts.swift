@@ -37,6 +37,10 @@ struct Fault {
 func unhandled(_ frame: UnsafeMutablePointer<interrupt_frame>) {
   if Fault.resume(frame) { return }
   let fault = Fault(frame)
+  if frame.pointee.cs & 3 == 3 && fault.vector < 32 {
+    User.leave(frame, value: fault.address)
+    return
+  }
   say(
     """
     FAIL unexpected vector \(fault.vector) error \(hex: fault.error) at \(hex: fault.rip) \

@@ -3,6 +3,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#pragma clang assume_nonnull begin
+
 #define GUEST_INLINE static inline __attribute__((always_inline))
 
 // Port I/O.
@@ -48,8 +50,13 @@ GUEST_INLINE void sti(void) { __asm__ volatile("sti" ::: "memory"); }
 GUEST_INLINE void hlt(void) { __asm__ volatile("hlt" ::: "memory"); }
 // sti holds interrupts off until hlt has begun, so a wake-up cannot slip in between.
 GUEST_INLINE void sti_hlt_cli(void) { __asm__ volatile("sti; hlt; cli" ::: "memory"); }
+// Two instructions between, because sti holds interrupts off for the first.
+GUEST_INLINE void take_interrupts(void) { __asm__ volatile("sti; nop; nop; cli" ::: "memory"); }
 GUEST_INLINE void cpu_pause(void) { __asm__ volatile("pause" ::: "memory"); }
 GUEST_INLINE uint16_t read_tr(void) { uint16_t v; __asm__ volatile("str %0" : "=r"(v)); return v; }
+
+// Fills memory with 64-bit words by one string instruction.
+GUEST_INLINE void fill64(uint64_t a, uint64_t v, uint64_t count) { __asm__ volatile("rep stosq" : "+D"(a), "+c"(count) : "a"(v) : "memory"); }
 
 // What the interrupt stubs of entry.S push.
 struct interrupt_frame {
@@ -60,7 +67,7 @@ struct interrupt_frame {
 typedef void (*interrupt_handler)(struct interrupt_frame *);
 
 // Symbols of entry.S, runtime.S and guest.ld, through functions: Swift imports no arrays and trusts no global of C's.
-extern interrupt_handler guest_handlers[256];
+extern interrupt_handler _Nullable guest_handlers[256];
 extern uint8_t guest_image_end[], guest_page_tables[], guest_tss[], guest_trampoline[], guest_trampoline_end[];
 extern uint64_t guest_start_info, guest_ap_stack;
 GUEST_INLINE void set_interrupt_handler(uint8_t vector, interrupt_handler handler) { guest_handlers[vector] = handler; }
@@ -75,15 +82,27 @@ GUEST_INLINE void set_ap_stack(uint64_t stack) { *(volatile uint64_t *)&guest_ap
 uint64_t guest_allocate(uint64_t size, uint64_t alignment);
 
 // Runs body(argument); an exception inside ends it early. See guest_catch in entry.S and Interrupts.swift.
-void guest_catch(void (*body)(uint64_t), uint64_t argument);
+void guest_catch(void (* body)(uint64_t), uint64_t argument);
 extern volatile uint64_t guest_catch_stack;
 extern uint8_t guest_catch_resume[];
 GUEST_INLINE uint64_t catch_stack(void) { return guest_catch_stack; }
 GUEST_INLINE uint64_t catch_resume_address(void) { return (uint64_t)guest_catch_resume; }
 
+// Runs ring-3 code at rip with RDI = argument until a handler calls User.leave (user.S, User.swift).
+void guest_enter_user(uint64_t rip, uint64_t stack, uint64_t argument);
+extern volatile uint64_t guest_user_stack;
+extern uint8_t guest_user_resume[];
+GUEST_INLINE uint64_t user_stack(void) { return guest_user_stack; }
+GUEST_INLINE uint64_t user_resume_address(void) { return (uint64_t)guest_user_resume; }
+// From ring 3: exception 3 is the call gate. Returns what the handler leaves in RAX.
+uint64_t user_call(uint64_t number, uint64_t argument);
+extern uint8_t guest_text_start[], guest_text_end[];
+GUEST_INLINE uint64_t text_start_address(void) { return (uint64_t)guest_text_start; }
+GUEST_INLINE uint64_t text_end_address(void) { return (uint64_t)guest_text_end; }
+
 // Offset of the first `_` at or after `from`, or `size`. A string instruction, because each ring-0 instruction may cost a
 // microsecond where ring 0 is emulated.
-GUEST_INLINE uint64_t scan_underscore(const void *base, uint64_t from, uint64_t size) {
+GUEST_INLINE uint64_t scan_underscore(uint64_t base, uint64_t from, uint64_t size) {
   const uint8_t *p = (const uint8_t *)base + from;
   uint64_t left = size - from;
   uint8_t found = 0;
@@ -91,3 +110,5 @@ GUEST_INLINE uint64_t scan_underscore(const void *base, uint64_t from, uint64_t 
   __asm__ volatile("repne scasb; sete %2" : "+D"(p), "+c"(left), "=q"(found) : "a"((uint8_t)'_') : "cc", "memory");
   return found ? size - left - 1 : size;
 }
+
+#pragma clang assume_nonnull end
