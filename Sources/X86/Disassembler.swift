@@ -6,7 +6,6 @@ extension Instruction {
   /// - Returns: the text, with the prefixes that mean something and without the bytes.
   public func text(at address: UInt64) -> String {
     var text = repeatPrefix + name
-    var targets: [UInt64] = []
     for position in 0..<4 where operands[position].kind != .none {
       if position == 0 {
         text += String(repeating: " ", count: max(6 - text.utf8.count, 0) + 1)
@@ -14,11 +13,11 @@ extension Instruction {
         text += ","
       }
       text += self.text(of: operands[position], at: position, address)
-      if operands[position].kind == .memory, base.class == .instructionPointer {
-        targets.append(address &+ UInt64(length) &+ UInt64(bitPattern: displacement))
-      }
     }
-    for target in targets { text += "        # " + Self.hexadecimal(Self.cut(target, to: addressSize)) }
+    if base.class == .instructionPointer {
+      let target = address &+ UInt64(length) &+ UInt64(bitPattern: displacement)
+      text += "        # " + Self.hexadecimal(Self.cut(target, to: addressSize))
+    }
     return text
   }
 
