@@ -44,7 +44,9 @@ GUEST_INLINE uint64_t read_cr4(void) { uint64_t v; __asm__ volatile("movq %%cr4,
 GUEST_INLINE void write_cr0(uint64_t v) { __asm__ volatile("movq %0, %%cr0" ::"r"(v) : "memory"); }
 GUEST_INLINE void write_cr3(uint64_t v) { __asm__ volatile("movq %0, %%cr3" ::"r"(v) : "memory"); }
 GUEST_INLINE void write_cr4(uint64_t v) { __asm__ volatile("movq %0, %%cr4" ::"r"(v) : "memory"); }
+GUEST_INLINE void xsetbv(uint32_t r, uint64_t v) { __asm__ volatile("xsetbv" ::"c"(r), "a"((uint32_t)v), "d"((uint32_t)(v >> 32)) : "memory"); }
 GUEST_INLINE void invlpg(uint64_t a) { __asm__ volatile("invlpg (%0)" ::"r"(a) : "memory"); }
+GUEST_INLINE void nop(void) { __asm__ volatile("nop"); }
 GUEST_INLINE void cli(void) { __asm__ volatile("cli" ::: "memory"); }
 GUEST_INLINE void sti(void) { __asm__ volatile("sti" ::: "memory"); }
 GUEST_INLINE void hlt(void) { __asm__ volatile("hlt" ::: "memory"); }
