@@ -90,6 +90,26 @@ import X86
     #expect(throws: DecodeError.invalidOpcode) { try Instruction(bytes, .code64) }
   }
 
+  @Test func vexOutside64BitMode() throws {
+    // VEX.B and the top bit of a used vvvv are ignored; an unused vvvv must be 1111. So a CPU does it.
+    #expect(try Instruction([0xc4, 0xc1, 0x78, 0x28, 0xd5], .code32).text(at: 0) == "vmovaps xmm2,xmm5")
+    #expect(try Instruction([0xc4, 0xe1, 0x38, 0x58, 0xd5], .code32).text(at: 0) == "vaddps xmm2,xmm0,xmm5")
+    #expect(throws: DecodeError.invalidOpcode) { try Instruction([0xc4, 0xe1, 0x38, 0x28, 0xd5], .code32) }
+  }
+
+  @Test func gathersNeedThreeRegisters() throws {
+    let gather = try Instruction([0xc4, 0xe2, 0x6d, 0x90, 0x0c, 0xa0], .code64)
+    #expect(gather.text(at: 0) == "vpgatherdd ymm1,DWORD PTR [rax+ymm4*4],ymm2")
+    #expect(gather.index == Register(.ymm, 4) && gather.base == Register(.general64, 0))
+    #expect(throws: DecodeError.invalidOpcode) { try Instruction([0xc4, 0xe2, 0x6d, 0x90, 0x0c, 0x90], .code64) }
+    #expect(throws: DecodeError.invalidOpcode) { try Instruction([0xc4, 0xe2, 0x6d, 0x90, 0x08], .code64) }
+  }
+
+  @Test func x87StackTop() throws {
+    #expect(try Instruction([0xd8, 0xc0], .code64).text(at: 0) == "fadd   st,st(0)")
+    #expect(try Instruction([0xdc, 0xe9], .code64).operation == .fsubStiSt0)
+  }
+
   /// A fetch that ends at a page boundary asks for more, whatever the length, and never decodes wrongly.
   @Test func everyTruncationAsksForMore() throws {
     let long: [UInt8] = [0x66, 0x64, 0x67, 0xf0, 0x81, 0x84, 0x81, 1, 2, 3, 4, 5, 6]
