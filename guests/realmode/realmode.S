@@ -1,5 +1,6 @@
 // A boot sector that asks the firmware for everything a boot sector may: INT 10h, 11h, 12h, 13h, 15h, 16h and 1Ah. Each
-// service that answers is a line; `FAIL` and debug exit 1 end the guest otherwise. Loaded at 0x7C00 with DL the drive.
+// service that answers is a line; `FAIL` and debug exit 1 end the guest otherwise. Loaded at 0x7C00 with DL the drive. At the
+// end it goes to long mode, where the firmware is ours.
 
   .code16
   .section .text, "ax", @progbits
@@ -89,6 +90,9 @@ start:
   jnz fail
   call ok
 
+  movw $0x4c4d, %ax                   // INT 15h 4C4Dh, our boot ROM's way to long mode; others refuse it
+  movl $long_mode, %ebx
+  int $0x15
   movw $0x604, %dx                    // ACPI power-off: SLP_TYP 5 and SLP_EN, as our FADT and DSDT say
   movw $0x3400, %ax
   outw %ax, %dx
@@ -118,6 +122,24 @@ print:
 6:
   ret
 
+  .code64
+long_mode:
+  movl $text_long, %esi
+  movw $0x3f8, %dx
+7:
+  lodsb
+  outb %al, %dx
+  cmpb $'\n', %al
+  jne 7b
+  movw $0x604, %dx
+  movw $0x3400, %ax
+  outw %ax, %dx
+8:
+  hlt
+  jmp 8b
+  .code16
+
+text_long: .ascii "long mode ok\r\n"
 text_hello: .asciz "hello from real mode\r\n"
 text_memory: .asciz "memory"
 text_map: .asciz "e820"

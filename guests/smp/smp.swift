@@ -25,9 +25,9 @@ func guestMain() {
   expect("a PM timer", PMTimer.isPresent)
   set_interrupt_handler(workVector) { _ in LocalAPIC.endOfInterrupt() }
   set_interrupt_handler(countVector) { _ in
-    interrupts.add(1, ordering: .relaxed)
     let processor = SMP.current
     if processor < 8 { received.wrappingAdd(1 << UInt64(processor * 8), ordering: .relaxed) }
+    interrupts.add(1, ordering: .releasing)
     LocalAPIC.endOfInterrupt()
   }
   set_interrupt_handler(tokenVector) { _ in passToken() }
@@ -89,7 +89,7 @@ private func interprocessorInterrupts() {
   for number in 0..<count {
     LocalAPIC.send(countVector, to: .processor(SMP.id(number)))
     expected += 1
-    wait("a directed interrupt") { interrupts.load(ordering: .relaxed) == expected }
+    wait("a directed interrupt") { interrupts.load(ordering: .acquiring) == expected }
     if number < 8 {
       let got = received.load(ordering: .relaxed) >> UInt64(number * 8) & 0xff
       expect("the right processor gets it", got, equals: number == 0 ? 2 : 1)
