@@ -75,7 +75,12 @@ let package = Package(
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
     tests("BootTests", ["Accelerator", "Boot", "GuestMemory", "Host"]),
-    tests("DeviceConformance", ["DeviceModel", "GuestMemory", "PlatformDevices", "StateTree"]),
+    // A clock, a machine and an interrupt sink in the test's hand.
+    .target(
+      name: "DeviceTesting", dependencies: ["DeviceModel", "GuestMemory", "PlatformDevices"],
+      path: "Tests/DeviceTesting", swiftSettings: strict),
+    tests("PlatformDevicesTests", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
+    tests("DeviceConformance", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
     tests("GDBStubTests", ["GDBStub"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),

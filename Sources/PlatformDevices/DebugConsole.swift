@@ -2,12 +2,14 @@ import DeviceModel
 import StateTree
 
 /// Bochs' and QEMU's debug console: bytes written to port 0xe9 come out, reads give 0xe9 to say that it is there.
-public final class DebugConsole: BusDevice {
+public final class DebugConsole: PlatformDevice {
   /// The port.
   public static let port: UInt64 = 0xe9
 
   /// `debug-console`.
   public let name = "debug-console"
+  /// One port.
+  public let windows: [BusWindow] = [.ports(port, size: 1)]
   private let output: any SerialOutput
 
   /// A console that writes to `output`.

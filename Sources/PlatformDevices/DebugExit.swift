@@ -2,14 +2,14 @@ import DeviceModel
 import StateTree
 
 /// QEMU's isa-debug-exit: writing v ends the run with status (v << 1) | 1.
-public final class DebugExit: BusDevice {
+public final class DebugExit: PlatformDevice {
   /// The port that QEMU's users choose.
   public static let port: UInt64 = 0xf4
-  /// Ports of the device.
-  public static let windowSize: UInt64 = 4
 
   /// `debug-exit`.
   public let name = "debug-exit"
+  /// Four ports.
+  public let windows: [BusWindow] = [.ports(port, size: 4)]
   private let machine: any MachineControl
 
   /// A port that asks `machine` to end.

@@ -5,8 +5,8 @@ import Synchronization
 /// The MC146818 real-time clock with its 128 bytes of CMOS RAM, at ports 0x70 (index) and 0x71 (data).
 ///
 /// Time is UTC: an epoch taken once from the host plus guest time, plus what the guest has set it off by.
-public final class RealTimeClock: BusDevice {
-  /// Index port, at offset 0; the data port follows.
+public final class RealTimeClock: PlatformDevice {
+  /// Index port; the data port follows.
   public static let port: UInt64 = 0x70
   /// Ports of the device.
   public static let windowSize: UInt64 = 2
@@ -32,20 +32,31 @@ public final class RealTimeClock: BusDevice {
 
   /// `rtc`.
   public let name = "rtc"
+  /// Two ports.
+  public let windows: [BusWindow] = [.ports(port, size: windowSize)]
   private let line: InterruptLine.Source
   private let clock: any DeviceClock
-  private let machine: any MachineControl
-  private let contents: Contents
+  private let onAlarm: @Sendable () -> Void
   private let state: Mutex<State>
-  private let timer: Mutex<(any DeviceTimer)?> = Mutex(nil)
 
-  private struct State: Equatable {
+  private struct State {
+    var registers: Registers
+    var timer: (any DeviceTimer)?
+  }
+
+  private struct Registers {
+    /// Bit 7 masks NMI on a PC: kept, without effect.
     var index: UInt8 = 0
-    var memory = [UInt8](repeating: 0, count: 128)
+    var memory: [UInt8]
     /// Seconds since 1970 at guest time 0.
-    var epoch: Int64
+    var epoch: Int
     /// Guest time up to which events were counted, in nanoseconds.
-    var counted: UInt64 = 0
+    var counted: UInt64
+
+    subscript(_ index: Int) -> UInt8 {
+      get { memory[index] }
+      set { memory[index] = newValue }
+    }
   }
 
   private enum Register {
@@ -64,6 +75,13 @@ public final class RealTimeClock: BusDevice {
     static let c = 0x0c
     static let d = 0x0d
     static let century = 0x32
+
+    static func isTime(_ index: Int) -> Bool {
+      switch index {
+      case seconds, minutes, hours, weekday, day, month, year, century: true
+      default: false
+      }
+    }
   }
 
   private enum B {
@@ -71,28 +89,41 @@ public final class RealTimeClock: BusDevice {
     static let periodic: UInt8 = 0x40
     static let alarm: UInt8 = 0x20
     static let update: UInt8 = 0x10
+    static let squareWave: UInt8 = 0x08
     static let binary: UInt8 = 0x04
     static let hours24: UInt8 = 0x02
+    static let interrupts = periodic | alarm | update
   }
 
-  private static let second: UInt64 = 1_000_000_000
+  private static let memorySize = 128
+  private static let updateInProgress: UInt8 = 0x80
+  private static let interruptRequest: UInt8 = 0x80
+  private static let crystal: UInt64 = 32768
+  /// UIP stands 244 us before an update and through its 1984 us (data sheet, figure 12).
+  private static let updateTime: UInt64 = 2_228_000
+  /// Some 34,000 years around 1970: nothing computed from a time in it can overflow.
+  private static let epochs = -(1 << 40)...(1 << 40)
 
-  /// A clock that shows `epoch` (seconds since 1970, UTC) at guest time 0.
+  /// A clock that shows `epoch` (seconds since 1970, UTC) at guest time 0; `onAlarm` is what the alarm's interrupt
+  /// does beside its line, which is to wake a machine that sleeps. It must not call back.
   public init(
-    line: InterruptLine.Source, clock: any DeviceClock, machine: any MachineControl, contents: Contents, epoch: Int64
+    line: InterruptLine.Source, clock: any DeviceClock, contents: Contents, epoch: Int64,
+    onAlarm: @escaping @Sendable () -> Void
   ) {
     self.line = line
     self.clock = clock
-    self.machine = machine
-    self.contents = contents
-    state = Mutex(State(memory: Self.initialMemory(contents), epoch: epoch))
-    let alarm = clock.makeTimer { [weak self] in self?.tick() }
-    timer.withLock { $0 = alarm }
+    self.onAlarm = onAlarm
+    let epoch = min(max(Int(epoch), Self.epochs.lowerBound), Self.epochs.upperBound)
+    state = Mutex(
+      State(registers: Registers(memory: Self.initialMemory(contents), epoch: epoch, counted: clock.now())))
+    let timer = clock.makeTimer { [weak self] in self?.tick() }
+    state.withLock { $0.timer = timer }
   }
 
   private static func initialMemory(_ contents: Contents) -> [UInt8] {
-    var memory = [UInt8](repeating: 0, count: 128)
+    var memory = [UInt8](repeating: 0, count: memorySize)
     func store(_ value: UInt64, at offset: Int, bytes: Int) {
+      let value = min(value, (1 << UInt64(bytes * 8)) - 1)
       for index in 0..<bytes { memory[offset + index] = UInt8(truncatingIfNeeded: value >> UInt64(index * 8)) }
     }
     memory[Register.a] = 0x26
@@ -101,10 +132,11 @@ public final class RealTimeClock: BusDevice {
     // As a PC's firmware and QEMU lay them out: KiB of base memory, KiB above 1 MiB (twice), 64-KiB units above 16 MiB,
     // 64-KiB units above 4 GiB, processors but one.
     store(640, at: 0x15, bytes: 2)
-    let extended = min(contents.lowMemory > 1 << 20 ? (contents.lowMemory - 1 << 20) >> 10 : 0, 0xffff)
-    store(extended, at: 0x17, bytes: 2)
-    store(extended, at: 0x30, bytes: 2)
-    store(min(contents.lowMemory > 16 << 20 ? (contents.lowMemory - 16 << 20) >> 16 : 0, 0xffff), at: 0x34, bytes: 2)
+    let aboveOne = contents.lowMemory - min(contents.lowMemory, 1 << 20)
+    let aboveSixteen = contents.lowMemory - min(contents.lowMemory, 16 << 20)
+    store(aboveOne >> 10, at: 0x17, bytes: 2)
+    store(aboveOne >> 10, at: 0x30, bytes: 2)
+    store(aboveSixteen >> 16, at: 0x34, bytes: 2)
     store(contents.highMemory >> 16, at: 0x5b, bytes: 3)
     store(UInt64(max(1, contents.cpus) - 1), at: 0x5f, bytes: 1)
     return memory
@@ -113,277 +145,248 @@ public final class RealTimeClock: BusDevice {
   /// Index at offset 0 (reads as all ones), data at offset 1.
   public func read(offset: UInt64, size: Int) -> UInt64 {
     guard offset == 1 else { return 0xff }
+    let now = clock.now()
     return state.withLock { state in
-      let index = Int(state.index)
-      count(&state)
+      count(&state.registers, now)
+      let index = Int(state.registers.index & 0x7f)
       switch index {
+      case Register.a:
+        let left = nanosecondsPerSecond - now % nanosecondsPerSecond
+        let updating = isRunning(state.registers) && left <= Self.updateTime
+        return UInt64(state.registers[index] | (updating ? Self.updateInProgress : 0))
       case Register.c:
-        let flags = state.memory[Register.c]
-        state.memory[Register.c] = 0
+        let flags = state.registers[Register.c]
+        state.registers[Register.c] = 0
         line.set(false)
-        schedule(state)
+        schedule(state, now)
         return UInt64(flags)
-      case Register.a: return UInt64(state.memory[Register.a] & 0x7f | (isUpdating(state) ? 0x80 : 0))
-      default:
-        guard let value = time(index, state) else { return UInt64(state.memory[index]) }
-        return UInt64(value)
+      case _ where Register.isTime(index) && isRunning(state.registers):
+        return UInt64(encode(index, civilTime(state.registers, now), state.registers))
+      default: return UInt64(state.registers[index])
       }
     }
   }
 
-  /// Index at offset 0 (bit 7 masks NMI and is not kept), data at offset 1.
+  /// Index at offset 0, data at offset 1.
   public func write(offset: UInt64, size: Int, value: UInt64) {
-    let byte = UInt8(truncatingIfNeeded: value)
-    state.withLock { state in
-      guard offset == 1 else {
-        state.index = byte & 0x7f
-        return
+    // Guests write both with one 16-bit access now and then.
+    let now = clock.now()
+    writeBytes(offset, size, value, end: Self.windowSize) { offset, byte in
+      state.withLock { state in
+        guard offset == 1 else {
+          state.registers.index = byte
+          return
+        }
+        count(&state.registers, now)
+        write(byte, at: Int(state.registers.index & 0x7f), &state.registers, now)
+        raise(&state.registers)
+        schedule(state, now)
       }
-      count(&state)
-      let index = Int(state.index)
-      switch index {
-      case Register.c, Register.d: return
-      case Register.seconds, Register.minutes, Register.hours, Register.weekday, Register.day, Register.month,
-        Register.year, Register.century:
-        setTime(index, byte, &state)
-      case Register.a: state.memory[index] = byte & 0x7f
-      case Register.b:
-        // While SET is on, the time registers stand still and hold what the guest writes.
-        if byte & B.set != 0, state.memory[Register.b] & B.set == 0 { freeze(&state) }
-        let released = byte & B.set == 0 && state.memory[Register.b] & B.set != 0
-        state.memory[index] = byte
-        if released { thaw(&state) }
-      default: state.memory[index] = byte
+    }
+  }
+
+  private func write(_ byte: UInt8, at index: Int, _ registers: inout Registers, _ now: UInt64) {
+    switch index {
+    case Register.a, Register.b:
+      let wasRunning = isRunning(registers)
+      let held = wasRunning ? civilTime(registers, now) : nil
+      if index == Register.a {
+        registers[index] = byte & ~Self.updateInProgress
+      } else {
+        // SET turns the update interrupt off (data sheet, register B).
+        registers[index] = byte & B.set != 0 ? byte & ~B.update : byte
       }
-      schedule(state)
+      // While it stands, the time registers hold the time it stopped at, or what the guest writes.
+      switch (wasRunning, isRunning(registers)) {
+      case (true, false): if let held { store(held, &registers) }
+      case (false, true): start(&registers, now)
+      default: break
+      }
+    case Register.c, Register.d: break
+    case _ where Register.isTime(index) && isRunning(registers):
+      store(civilTime(registers, now), &registers)
+      registers[index] = byte
+      start(&registers, now)
+    default: registers[index] = byte
     }
   }
 
   // MARK: Time
 
-  private static let timeRegisters = [
-    Register.seconds, Register.minutes, Register.hours, Register.weekday, Register.day, Register.month, Register.year,
-    Register.century,
-  ]
-
-  private func unixTime(_ state: State) -> Int64 {
-    state.epoch &+ Int64(truncatingIfNeeded: clock.now() / Self.second)
+  /// Time stands while SET is on or the divider is held in reset (register A, bits 6-5).
+  private func isRunning(_ registers: Registers) -> Bool {
+    registers[Register.b] & B.set == 0 && registers[Register.a] & 0x60 != 0x60
   }
 
-  /// The last 244 microseconds before a second's end, as the data sheet says.
-  private func isUpdating(_ state: State) -> Bool {
-    state.memory[Register.b] & B.set == 0 && clock.now() % Self.second >= Self.second - 244_000
+  private func civilTime(_ registers: Registers, _ now: UInt64) -> CivilTime {
+    CivilTime(unix: registers.epoch + Int(now / nanosecondsPerSecond))
   }
 
-  /// A time register in the guest's chosen encoding; nil for the others.
-  private func time(_ index: Int, _ state: State) -> UInt8? {
-    guard Self.timeRegisters.contains(index) else { return nil }
-    if state.memory[Register.b] & B.set != 0 { return state.memory[index] }
-    return encode(index, CivilTime(unix: unixTime(state)), state)
-  }
-
-  private func encode(_ index: Int, _ time: CivilTime, _ state: State) -> UInt8 {
+  private func encode(_ index: Int, _ time: CivilTime, _ registers: Registers) -> UInt8 {
     switch index {
-    case Register.seconds: return encode(time.second, state)
-    case Register.minutes: return encode(time.minute, state)
+    case Register.seconds: return encode(time.second, registers)
+    case Register.minutes: return encode(time.minute, registers)
     case Register.hours:
-      guard state.memory[Register.b] & B.hours24 == 0 else { return encode(time.hour, state) }
-      return encode((time.hour + 11) % 12 + 1, state) | (time.hour >= 12 ? 0x80 : 0)
-    case Register.weekday: return encode(time.weekday, state)
-    case Register.day: return encode(time.day, state)
-    case Register.month: return encode(time.month, state)
-    case Register.year: return encode(time.year % 100, state)
-    default: return encode(time.year / 100 % 100, state)
+      guard registers[Register.b] & B.hours24 == 0 else { return encode(time.hour, registers) }
+      return encode((time.hour + 11) % 12 + 1, registers) | (time.hour >= 12 ? 0x80 : 0)
+    case Register.weekday: return encode(time.weekday, registers)
+    case Register.day: return encode(time.day, registers)
+    case Register.month: return encode(time.month, registers)
+    // A guest can set a year before 0; its clock then shows nonsense, as a PC's would.
+    case Register.year: return encode(abs(time.year) % 100, registers)
+    default: return encode(abs(time.year) / 100 % 100, registers)
     }
   }
 
-  private func encode(_ value: Int, _ state: State) -> UInt8 {
-    UInt8(state.memory[Register.b] & B.binary != 0 ? value : value / 10 << 4 | value % 10)
+  private func encode(_ value: Int, _ registers: Registers) -> UInt8 {
+    UInt8(truncatingIfNeeded: registers[Register.b] & B.binary != 0 ? value : (value / 10) << 4 | value % 10)
   }
 
-  private func decode(_ value: UInt8, _ state: State) -> Int {
-    state.memory[Register.b] & B.binary != 0 ? Int(value) : Int(value >> 4) * 10 + Int(value & 15)
+  private func decode(_ value: UInt8, _ registers: Registers) -> Int {
+    registers[Register.b] & B.binary != 0 ? Int(value) : Int(value >> 4) * 10 + Int(value & 15)
   }
 
-  private func decodeHour(_ value: UInt8, _ state: State) -> Int {
-    guard state.memory[Register.b] & B.hours24 == 0 else { return decode(value, state) }
-    return decode(value & 0x7f, state) % 12 + (value & 0x80 != 0 ? 12 : 0)
+  private func decodeHour(_ registers: Registers) -> Int {
+    let value = registers[Register.hours]
+    guard registers[Register.b] & B.hours24 == 0 else { return decode(value, registers) }
+    return decode(value & 0x7f, registers) % 12 + (value & 0x80 != 0 ? 12 : 0)
   }
 
-  private func freeze(_ state: inout State) {
-    let now = CivilTime(unix: unixTime(state))
-    for index in Self.timeRegisters { state.memory[index] = encode(index, now, state) }
+  private func store(_ time: CivilTime, _ registers: inout Registers) {
+    for index in 0...Register.century where Register.isTime(index) { registers[index] = encode(index, time, registers) }
   }
 
-  private func thaw(_ state: inout State) {
-    let year = decode(state.memory[Register.century], state) * 100 + decode(state.memory[Register.year], state)
+  private func start(_ registers: inout Registers, _ now: UInt64) {
     let time = CivilTime(
-      year: year, month: decode(state.memory[Register.month], state), day: decode(state.memory[Register.day], state),
-      hour: decodeHour(state.memory[Register.hours], state), minute: decode(state.memory[Register.minutes], state),
-      second: decode(state.memory[Register.seconds], state))
-    state.epoch = time.unix &- Int64(truncatingIfNeeded: clock.now() / Self.second)
-  }
-
-  /// A time register written without SET: the others keep their values.
-  private func setTime(_ index: Int, _ value: UInt8, _ state: inout State) {
-    let frozen = state.memory[Register.b] & B.set != 0
-    if !frozen { freeze(&state) }
-    state.memory[index] = value
-    if !frozen { thaw(&state) }
+      year: decode(registers[Register.century], registers) * 100 + decode(registers[Register.year], registers),
+      month: decode(registers[Register.month], registers), day: decode(registers[Register.day], registers),
+      hour: decodeHour(registers), minute: decode(registers[Register.minutes], registers),
+      second: decode(registers[Register.seconds], registers))
+    registers.epoch = time.unix - Int(now / nanosecondsPerSecond)
   }
 
   // MARK: Interrupts
 
-  /// Nanoseconds of the periodic interrupt; nil while none is selected (data sheet, table 5, 32.768 kHz base).
-  private func period(_ state: State) -> UInt64? {
-    let rate = UInt64(state.memory[Register.a] & 0x0f)
-    guard rate != 0 else { return nil }
-    let shift = rate <= 2 ? rate + 6 : rate - 1
-    return (Self.second << shift) / 32768
+  /// Crystal ticks of the periodic interrupt; nil while none is selected (data sheet, table 5, 32.768 kHz base).
+  private func period(_ registers: Registers) -> UInt64? {
+    let rate = UInt64(registers[Register.a] & 0x0f)
+    guard rate != 0, registers[Register.a] & 0x60 != 0x60 else { return nil }
+    return 1 << (rate <= 2 ? rate + 6 : rate - 1)
+  }
+
+  private func ticks(at time: UInt64) -> UInt64 {
+    let (seconds, rest) = time.quotientAndRemainder(dividingBy: nanosecondsPerSecond)
+    return seconds * Self.crystal + rest * Self.crystal / nanosecondsPerSecond
+  }
+
+  /// The first nanosecond of a crystal tick.
+  private func time(ofTick tick: UInt64) -> UInt64 {
+    let (seconds, rest) = tick.quotientAndRemainder(dividingBy: Self.crystal)
+    return seconds &* nanosecondsPerSecond &+ (rest * nanosecondsPerSecond + Self.crystal - 1) / Self.crystal
   }
 
   /// Whether the alarm registers name this second; 0xC0-0xFF match anything.
-  private func alarmMatches(_ unix: Int64, _ state: State) -> Bool {
-    let time = CivilTime(unix: unix)
-    for (alarm, register) in [
-      (Register.secondsAlarm, Register.seconds), (Register.minutesAlarm, Register.minutes),
-      (Register.hoursAlarm, Register.hours),
-    ] where state.memory[alarm] < 0xc0 && state.memory[alarm] != encode(register, time, state) { return false }
-    return true
+  private func alarmMatches(_ time: CivilTime, _ registers: Registers) -> Bool {
+    func matches(_ alarm: Int, _ register: Int) -> Bool {
+      registers[alarm] >= 0xc0 || registers[alarm] == encode(register, time, registers)
+    }
+    return matches(Register.secondsAlarm, Register.seconds) && matches(Register.minutesAlarm, Register.minutes)
+      && matches(Register.hoursAlarm, Register.hours)
   }
 
-  /// Sets the flags of what happened since the last count. At most a day is looked at: an alarm comes round daily.
-  private func count(_ state: inout State) {
-    let now = clock.now()
-    guard now > state.counted else { return }
-    let before = state.counted
-    state.counted = now
-    if let period = period(state), now / period > before / period { state.memory[Register.c] |= B.periodic }
-    let seconds = now / Self.second
-    let first = before / Self.second
-    if seconds > first, state.memory[Register.b] & B.set == 0 {
-      state.memory[Register.c] |= B.update
-      for second in max(first + 1, seconds &- min(seconds, 86_399))...seconds
-      where alarmMatches(state.epoch &+ Int64(truncatingIfNeeded: second), state) {
-        state.memory[Register.c] |= B.alarm
-        break
+  /// Sets the flags of what happened since the last count.
+  private func count(_ registers: inout Registers, _ now: UInt64) {
+    let before = registers.counted
+    guard now > before else { return }
+    registers.counted = now
+    if let period = period(registers), ticks(at: now) / period > ticks(at: before) / period {
+      registers[Register.c] |= B.periodic
+    }
+    let second = now / nanosecondsPerSecond
+    let first = before / nanosecondsPerSecond
+    if second > first, isRunning(registers) {
+      registers[Register.c] |= B.update
+      // An alarm comes round daily, so one day tells whether it came at all.
+      if registers[Register.c] & B.alarm == 0 {
+        for passed in 0..<min(second - first, 86400)
+        where alarmMatches(CivilTime(unix: registers.epoch + Int(second - passed)), registers) {
+          registers[Register.c] |= B.alarm
+          if registers[Register.b] & B.alarm != 0 { onAlarm() }
+          break
+        }
       }
     }
-    raise(&state)
+    raise(&registers)
   }
 
-  private func raise(_ state: inout State) {
-    guard state.memory[Register.c] & state.memory[Register.b] & 0x70 != 0 else { return }
-    state.memory[Register.c] |= 0x80
+  private func raise(_ registers: inout Registers) {
+    guard registers[Register.c] & registers[Register.b] & B.interrupts != 0 else { return }
+    registers[Register.c] |= Self.interruptRequest
     line.set(true)
-    if state.memory[Register.c] & state.memory[Register.b] & B.alarm != 0 { machine.request(.wake) }
   }
 
-  /// Arms the timer for the next event that an enabled interrupt waits for.
-  private func schedule(_ state: State) {
-    let enabled = state.memory[Register.b]
-    guard let timer = timer.withLock({ $0 }) else { return }
-    let now = clock.now()
+  /// Arms the timer for the next event that an enabled interrupt waits for and that has not happened yet.
+  private func schedule(_ state: State, _ now: UInt64) {
+    let registers = state.registers
+    let awaited = registers[Register.b] & ~registers[Register.c] & B.interrupts
     var deadline: UInt64?
-    if enabled & B.periodic != 0, let period = period(state) { deadline = (now / period + 1) * period }
-    if enabled & (B.alarm | B.update) != 0, enabled & B.set == 0 {
-      let next = (now / Self.second + 1) * Self.second
+    if awaited & B.periodic != 0, let period = period(registers) {
+      deadline = time(ofTick: (ticks(at: now) / period + 1) * period)
+    }
+    if awaited & (B.alarm | B.update) != 0, isRunning(registers) {
+      let next = (now / nanosecondsPerSecond &+ 1) &* nanosecondsPerSecond
       deadline = min(deadline ?? next, next)
     }
-    if let deadline { timer.arm(at: deadline) } else { timer.cancel() }
+    if let deadline { state.timer?.arm(at: deadline) } else { state.timer?.cancel() }
   }
 
   private func tick() {
+    let now = clock.now()
     state.withLock { state in
-      count(&state)
-      schedule(state)
+      count(&state.registers, now)
+      schedule(state, now)
     }
   }
 
-  /// Clears interrupts; time and CMOS RAM are kept by the battery.
+  /// Turns the interrupts off; the battery keeps time and CMOS RAM.
   public func reset() {
+    let now = clock.now()
     state.withLock { state in
-      state.memory[Register.b] &= ~(B.periodic | B.alarm | B.update)
-      state.memory[Register.c] = 0
+      state.registers.index = 0
+      state.registers[Register.b] &= ~(B.interrupts | B.squareWave)
+      state.registers[Register.c] = 0
+      state.registers.counted = now
       line.set(false)
-      schedule(state)
+      schedule(state, now)
     }
   }
 
   /// Version 1.
   public func save() -> StateNode {
-    let state = state.withLock { $0 }
+    let registers = state.withLock { $0.registers }
     return StateNode(name, version: 1) { writer in
-      writer.write(state.index)
-      writer.write(state.memory)
-      writer.write(state.epoch)
-      writer.write(state.counted)
+      writer.write(registers.index)
+      writer.write(registers.memory)
+      writer.write(Int64(registers.epoch))
+      writer.write(registers.counted)
     }
   }
 
-  /// Puts the registers and CMOS RAM back.
+  /// Puts the registers and CMOS RAM back; guest time is put back first.
   public func restore(_ node: StateNode) throws(StateError) {
     let restored = try node.read(name, versions: 1...1) { reader, _ throws(StateError) in
       let index = try reader.read(UInt8.self)
-      guard index < 128 else { throw reader.invalid("CMOS index", UInt64(index)) }
-      let memory = try reader.read(limit: 128)
-      guard memory.count == 128 else { throw reader.invalid("CMOS size", UInt64(memory.count)) }
-      return State(index: index, memory: memory, epoch: try reader.read(), counted: try reader.read())
+      let memory = try reader.read(limit: Self.memorySize)
+      guard memory.count == Self.memorySize else { throw reader.invalid("CMOS size", UInt64(memory.count)) }
+      let epoch = try reader.read(Int64.self)
+      guard Self.epochs.contains(Int(epoch)) else { throw reader.invalid("epoch", UInt64(bitPattern: epoch)) }
+      return Registers(index: index, memory: memory, epoch: Int(epoch), counted: try reader.read())
     }
+    let now = clock.now()
     state.withLock { state in
-      state = restored
-      line.set(state.memory[Register.c] & 0x80 != 0)
-      schedule(state)
+      state.registers = restored
+      line.set(restored[Register.c] & Self.interruptRequest != 0)
+      schedule(state, now)
     }
   }
-}
-
-/// A date and time of day in the proleptic Gregorian calendar, UTC.
-struct CivilTime: Equatable {
-  var year: Int
-  var month: Int
-  var day: Int
-  var hour: Int
-  var minute: Int
-  var second: Int
-
-  /// 1 is Sunday, as the clock counts.
-  var weekday: Int { Int((days + 4) % 7 + 7) % 7 + 1 }
-
-  init(year: Int, month: Int, day: Int, hour: Int, minute: Int, second: Int) {
-    self.year = year
-    self.month = month
-    self.day = day
-    self.hour = hour
-    self.minute = minute
-    self.second = second
-  }
-
-  init(unix: Int64) {
-    // Days from 0000-03-01, in 400-year eras of 146097 days.
-    let dayNumber = unix >= 0 ? unix / 86400 : (unix - 86399) / 86400
-    let rest = Int(unix - dayNumber * 86400)
-    let shifted = dayNumber + 719_468
-    let era = (shifted >= 0 ? shifted : shifted - 146_096) / 146_097
-    let dayOfEra = shifted - era * 146_097
-    let yearOfEra = (dayOfEra - dayOfEra / 1460 + dayOfEra / 36524 - dayOfEra / 146_096) / 365
-    let dayOfYear = dayOfEra - (365 * yearOfEra + yearOfEra / 4 - yearOfEra / 100)
-    let shiftedMonth = (5 * dayOfYear + 2) / 153
-    day = Int(dayOfYear - (153 * shiftedMonth + 2) / 5 + 1)
-    month = Int(shiftedMonth < 10 ? shiftedMonth + 3 : shiftedMonth - 9)
-    year = Int(yearOfEra + era * 400) + (month <= 2 ? 1 : 0)
-    hour = rest / 3600
-    minute = rest / 60 % 60
-    second = rest % 60
-  }
-
-  private var days: Int64 {
-    let shiftedYear = Int64(month <= 2 ? year - 1 : year)
-    let era = (shiftedYear >= 0 ? shiftedYear : shiftedYear - 399) / 400
-    let yearOfEra = shiftedYear - era * 400
-    let dayOfYear = Int64((153 * (month > 2 ? month - 3 : month + 9) + 2) / 5 + day - 1)
-    return era * 146_097 + yearOfEra * 365 + yearOfEra / 4 - yearOfEra / 100 + dayOfYear - 719_468
-  }
-
-  var unix: Int64 { days * 86400 + Int64(hour * 3600 + minute * 60 + second) }
 }

@@ -3,19 +3,27 @@ import StateTree
 import Synchronization
 
 /// The two reset ports of a PC's chipset: system control port A (0x92) and the reset control register (0xcf9).
-public final class ResetControl: BusDevice {
-  /// System control port A, at offset 0: bit 0 resets, bit 1 is A20, which is always open here.
+public final class ResetControl: PlatformDevice {
+  /// System control port A: bit 0 resets, bit 1 is A20.
   public static let portA: UInt64 = 0x92
-  /// The reset control register, at offset 1: bit 2 resets when it rises, bit 1 says hard.
+  /// The reset control register: bit 2 resets, bit 1 says hard.
   public static let resetRegister: UInt64 = 0xcf9
+  private static let portAOffset: UInt64 = 0
+  private static let resetOffset: UInt64 = 1
 
   /// `reset-control`.
   public let name = "reset-control"
+  /// System control port A at offset 0, the reset control register at offset 1.
+  public let windows: [BusWindow] = [
+    .ports(portA, size: 1, offset: portAOffset), .ports(resetRegister, size: 1, offset: resetOffset),
+  ]
   private let machine: any MachineControl
   private let state = Mutex(State())
 
-  private struct State: Equatable {
+  private struct State {
+    /// Bit 1 is A20, which stays open whatever it says.
     var portA: UInt8 = 0x02
+    /// Bits 1 (hard) and 3 (full) are kept; bit 2 resets.
     var control: UInt8 = 0
   }
 
@@ -26,14 +34,14 @@ public final class ResetControl: BusDevice {
 
   /// What was written, without the reset bits.
   public func read(offset: UInt64, size: Int) -> UInt64 {
-    state.withLock { UInt64(offset == 0 ? $0.portA : $0.control) }
+    state.withLock { UInt64(offset == Self.portAOffset ? $0.portA : $0.control) }
   }
 
   /// Keeps the byte; a reset bit resets.
   public func write(offset: UInt64, size: Int, value: UInt64) {
     let byte = UInt8(truncatingIfNeeded: value)
     let resets = state.withLock { state in
-      guard offset == 0 else {
+      guard offset == Self.portAOffset else {
         state.control = byte & 0x0a
         return byte & 0x04 != 0
       }
