@@ -31,8 +31,8 @@
 // 4 GiB identity mapped, flat segments (code 18h, data 10h), an empty IDT, SSE enabled, RSP the caller's linear stack, and
 // ECX, EDX, ESI, EDI, EBP as the caller left them, zero-extended. It does not return. Tables are the ROM's: do not write them.
 //
-// E820 is fw_cfg's file etc/e820 (base u64, length u64, type u32 an entry; the first RAM entry is split where it covers the
-// BIOS's own areas), or CMOS's memory sizes where there is no fw_cfg.
+// E820 is fw_cfg's file etc/e820 (base u64, length u64, type u32 an entry; RAM from 0 on is split where it covers the BIOS's
+// own areas), or CMOS's memory sizes where there is no fw_cfg.
 //
 // Ring 0 may be emulated at a microsecond an instruction and ten a port access: from reset to a boot sector this is about
 // 100 instructions and 30 accesses; memory is looked at when somebody asks.
@@ -933,20 +933,18 @@ build_map:
   decw %bx
   movw $20, %cx
   rep insb
-  cmpw $(MAP + 20), %di               // the first entry: is it RAM from 0 to beyond 1 MiB in one piece?
-  jne 4b
-  movl MAP, %eax
-  orl MAP + 4, %eax
+  movl -20(%di), %eax                 // RAM from 0 to beyond 1 MiB in one piece?
+  orl -16(%di), %eax
   jnz 4b
-  cmpl $1, MAP + 16
+  cmpl $1, -4(%di)
   jne 4b
-  movl MAP + 8, %ecx
-  movl MAP + 12, %ebp
+  movl -12(%di), %ecx
+  movl -8(%di), %ebp
   subl $0x100000, %ecx
   sbbl $0, %ebp
   jc 4b
   pushw %dx
-  movw $MAP, %di
+  subw $20, %di
   call map_below_1m
   movl $1, %edx
   call map_entry
