@@ -35,6 +35,8 @@ public enum BootError: Error, Equatable, CustomStringConvertible {
   case nothingToBoot
   /// The amount of RAM is one that no platform has.
   case memorySize(UInt64)
+  /// ACPI's tables need more room than there is below the boot ROM.
+  case tablesTooLarge(size: UInt64, room: UInt64)
   /// Guest memory is not the one that the memory map describes.
   case memory(GuestMemoryError)
 
@@ -67,6 +69,8 @@ public enum BootError: Error, Equatable, CustomStringConvertible {
       "\(path) is no firmware: it has \(size) bytes, and a ROM has a multiple of 4096, at most 16 MiB"
     case .nothingToBoot: "nothing to boot: name a guest or give --firmware"
     case .memorySize(let size): "\(size) bytes of guest memory cannot be laid out: ask for whole pages from 1M on"
+    case .tablesTooLarge(let size, let room):
+      "an ACPI table of \(size) bytes does not fit in the \(room) bytes left for it"
     case .memory(let error): "\(error)"
     }
   }

@@ -130,7 +130,8 @@ struct ELFImage {
   /// Entry points are virtual addresses; some linkers' scripts (Linux's) give the physical one.
   func physicalEntry() throws(BootError) -> UInt64 {
     for segment in segments where entry &- segment.virtualAddress < segment.memorySize {
-      return segment.physicalAddress + (entry - segment.virtualAddress)
+      // A segment that wraps is refused where its memory is claimed.
+      return segment.physicalAddress &+ (entry &- segment.virtualAddress)
     }
     try checkEntry(entry)
     return entry

@@ -78,15 +78,11 @@ struct EntryState {
   }
 
   /// PML4, one page-directory-pointer table, four page directories (SDM vol. 3, 4.5), present and writable.
-  private static func identityPageTables(at base: UInt64) -> [UInt8] {
-    var table = TableBytes(zeros: 6 * 4096)
-    table.store(base + 0x1000 | 3, at: 0)
-    for gigabyte in 0..<4 {
-      table.store(base + 0x2000 + UInt64(gigabyte) << 12 | 3, at: 0x1000 + gigabyte * 8)
-    }
-    for page in 0..<2048 {
-      table.store(UInt64(page) << 21 | 0x83, at: 0x2000 + page * 8)  // PS
-    }
-    return table.bytes
+  private static func identityPageTables(at base: UInt64) -> [UInt64] {
+    var table = [UInt64](repeating: 0, count: 6 * 512)
+    table[0] = base + 0x1000 | 3
+    for gigabyte in 0..<4 { table[512 + gigabyte] = base + 0x2000 + UInt64(gigabyte) << 12 | 3 }
+    for page in 0..<2048 { table[1024 + page] = UInt64(page) << 21 | 0x83 }  // PS
+    return table
   }
 }

@@ -29,16 +29,18 @@ extension Placer {
 
   /// Places a file on whole pages and reads it in.
   mutating func placeFile(
-    _ image: BootImage, _ part: BootPart, in window: Range<UInt64>, prefer: Preference
+    _ image: BootImage, _ part: BootPart, from lowest: UInt64, below limit: UInt64 = Platform.fourGiB,
+    prefer: Preference
   ) throws(BootError) -> GuestRange {
-    let range = try reserve(part, size: image.size, alignment: 4096, in: window, prefer: prefer)
+    let range = try reserve(part, size: image.size, alignment: 4096, from: lowest, below: limit, prefer: prefer)
     try copy(image, part, at: 0, to: range)
     return range
   }
 
   /// Places modules and their strings.
   mutating func placeModules(
-    _ modules: [BootModule], in window: Range<UInt64>, prefer: Preference, path: String
+    _ modules: [BootModule], from lowest: UInt64, below limit: UInt64 = Platform.fourGiB, prefer: Preference,
+    path: String
   ) throws(BootError) -> [PlacedInputs.Module] {
     guard !modules.isEmpty else { return [] }
     var strings: [UInt8] = []
@@ -53,7 +55,7 @@ extension Placer {
     let text = try place(.moduleStrings, strings, alignment: 1).start.rawValue
     var placed: [PlacedInputs.Module] = []
     for (index, module) in modules.enumerated() {
-      let range = try placeFile(module.image, .module(index), in: window, prefer: prefer)
+      let range = try placeFile(module.image, .module(index), from: lowest, below: limit, prefer: prefer)
       placed.append(PlacedInputs.Module(range: range, string: text + offsets[index]))
     }
     return placed

@@ -46,13 +46,14 @@ struct Placer {
     return range
   }
 
-  /// Finds free addresses in `window` for a part that may go anywhere there.
+  /// Finds free addresses for a part that may go anywhere between two addresses.
   mutating func reserve(
-    _ part: BootPart, size: UInt64, alignment: UInt64 = 16, in window: Range<UInt64>, prefer: Preference
+    _ part: BootPart, size: UInt64, alignment: UInt64 = 16, from lowest: UInt64, below limit: UInt64,
+    prefer: Preference
   ) throws(BootError) -> GuestRange {
     for range in prefer == .lowest ? usable : usable.reversed() {
-      let low = max(range.start.rawValue, window.lowerBound)
-      let high = min(range.end.rawValue, window.upperBound)
+      let low = max(range.start.rawValue, lowest)
+      let high = min(range.end.rawValue, limit)
       guard low < high, size > 0, size <= high - low else { continue }
       let address =
         prefer == .lowest
@@ -68,10 +69,10 @@ struct Placer {
     _ part: BootPart, size: UInt64, alignment: UInt64 = 16
   ) throws(BootError) -> GuestRange {
     do {
-      return try reserve(part, size: size, alignment: alignment, in: 0x1000..<Platform.oneMiB, prefer: .highest)
+      return try reserve(part, size: size, alignment: alignment, from: 0x1000, below: Platform.oneMiB, prefer: .highest)
     } catch {
       return try reserve(
-        part, size: size, alignment: alignment, in: Platform.oneMiB..<Platform.fourGiB, prefer: .highest)
+        part, size: size, alignment: alignment, from: Platform.oneMiB, below: Platform.fourGiB, prefer: .highest)
     }
   }
 
@@ -87,9 +88,13 @@ struct Placer {
     try image.copy(part, at: offset, into: memory, range: range)
   }
 
-  /// Writes bytes into a part that was placed.
-  func write(_ bytes: [UInt8], at address: GuestPhysicalAddress) throws(BootError) {
-    do { try memory.write(bytes, to: address) } catch { throw .memory(error) }
+  /// Writes bytes, or little-endian words, into a part that was placed.
+  func write<T: FixedWidthInteger>(_ values: [T], at address: GuestPhysicalAddress) throws(BootError) {
+    do {
+      try values.withUnsafeBytes { buffer in
+        Result { () throws(GuestMemoryError) in try memory.write(buffer, to: address) }
+      }.get()
+    } catch { throw .memory(error) }
   }
 
   /// Zeroes RAM, which costs a page fault a page unless it is known to be zero.

@@ -39,7 +39,7 @@ struct BootSectorLoader: BootLoader {
     descriptor.append(UInt64(0))
     if image.size >= 2 * size {
       let disk = try placer.placeFile(
-        image, .disk, in: Platform.oneMiB..<Platform.fourGiB, prefer: .highest)
+        image, .disk, from: Platform.oneMiB, prefer: .highest)
       descriptor.append(UInt32(disk.start.rawValue))
       descriptor.append(UInt32(disk.size / size))
     } else {

@@ -22,7 +22,7 @@ struct ELF64Loader: BootLoader {
     try elf.load(image, &placer)
     let commandLine = try placer.placeCommandLine(request.commandLine, path: image.path)
     let modules = try placer.placeModules(
-      request.allModules, in: Platform.oneMiB..<Platform.fourGiB, prefer: .highest, path: image.path)
+      request.allModules, from: Platform.oneMiB, prefer: .highest, path: image.path)
     let info = try placer.placeStartInfo(PlacedInputs(commandLine: commandLine, modules: modules), request)
     let stack = try placer.place(.stack, size: Self.stackSize)
 

@@ -27,9 +27,10 @@ struct LinuxLoader: BootLoader {
       request.commandLine, limit: header.commandLineLimit, path: image.path)
     parameters.setCommandLine(commandLine)
     if let disk = request.initialRAMDisk {
-      let window = Platform.oneMiB..<min(header.initialRAMDiskEnd, Platform.fourGiB)
       parameters.setInitialRAMDisk(
-        try placer.placeFile(disk, .initialRAMDisk, in: window, prefer: .highest))
+        try placer.placeFile(
+          disk, .initialRAMDisk, from: Platform.oneMiB, below: min(header.initialRAMDiskEnd, Platform.fourGiB),
+          prefer: .highest))
     }
     let zeroPage = try placer.place(.bootParameters, parameters.bytes, alignment: 4096)
     var state =
@@ -49,7 +50,7 @@ struct LinuxLoader: BootLoader {
       return try placer.claim(.kernel, at: header.preferredAddress, size: size)
     }
     return try placer.reserve(
-      .kernel, size: size, alignment: header.alignment, in: Platform.oneMiB..<Platform.fourGiB, prefer: .lowest)
+      .kernel, size: size, alignment: header.alignment, from: Platform.oneMiB, below: Platform.fourGiB, prefer: .lowest)
   }
 }
 

@@ -98,7 +98,7 @@ struct MultibootLoader: BootLoader {
     let text = request.commandLine.isEmpty ? image.path : image.path + " " + request.commandLine
     let commandLine = try placer.placeCommandLine(text, path: image.path)
     let modules = try placer.placeModules(
-      request.allModules, in: placer.end..<max(placer.end, Platform.fourGiB), prefer: .lowest,
+      request.allModules, from: placer.end, prefer: .lowest,
       path: image.path)
     let entries = request.memoryMap.entries
     let moduleOffset = 120

@@ -20,7 +20,7 @@ struct PVHLoader: BootLoader {
     try elf.load(image, &placer)
     let commandLine = try placer.placeCommandLine(request.commandLine, path: image.path)
     let modules = try placer.placeModules(
-      request.allModules, in: Platform.oneMiB..<Platform.fourGiB, prefer: .highest, path: image.path)
+      request.allModules, from: Platform.oneMiB, prefer: .highest, path: image.path)
     let info = try placer.placeStartInfo(PlacedInputs(commandLine: commandLine, modules: modules), request)
     var state = try EntryState.flat32(entry: entry, &placer)
     state.general.rbx = info.start.rawValue
