@@ -65,7 +65,8 @@ let package = Package(
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-        "Accelerator", "Boot", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator", "Machine", "Monitor",
+        "Accelerator", "Boot", "CLinux", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator",
+        "Machine", "Monitor", "PlatformDevices", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict),
 
@@ -82,6 +83,12 @@ let package = Package(
     tests("PlatformDevicesTests", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("DeviceConformance", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
+    tests(
+      "MachineTests",
+      [
+        "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "KVMAccelerator", "Machine", "PlatformDevices",
+        "StateTree",
+      ]),
     tests("GDBStubTests", ["GDBStub"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Host"]),

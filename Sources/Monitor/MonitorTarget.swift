@@ -75,6 +75,8 @@ public enum RunState: String, Sendable, CaseIterable {
   case save = "save-vm"
   /// The guest has powered off.
   case shutdown
+  /// The guest sleeps in ACPI S3.
+  case suspended
   /// The guest has crashed.
   case guestPanicked = "guest-panicked"
 }

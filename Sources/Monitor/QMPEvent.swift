@@ -40,6 +40,10 @@ public struct QMPEvent: Equatable, Sendable {
   public static let stop = QMPEvent("STOP")
   /// The guest goes on.
   public static let resume = QMPEvent("RESUME")
+  /// The guest sleeps in ACPI S3.
+  public static let suspend = QMPEvent("SUSPEND")
+  /// The guest woke from S3.
+  public static let wakeUp = QMPEvent("WAKEUP")
   /// The guest was asked to power off.
   public static let powerDown = QMPEvent("POWERDOWN")
   /// The machine ends.
@@ -57,7 +61,7 @@ public struct QMPEvent: Equatable, Sendable {
 
   /// Every event with what it tells, for `query-qmp-schema`.
   static let catalogue: [(name: String, data: [QMPType.Member])] = [
-    ("STOP", []), ("RESUME", []), ("POWERDOWN", []), ("SHUTDOWN", causeMembers), ("RESET", causeMembers),
+    ("STOP", []), ("RESUME", []), ("POWERDOWN", []), ("SUSPEND", []), ("WAKEUP", []), ("SHUTDOWN", causeMembers), ("RESET", causeMembers),
     (
       "GUEST_PANICKED",
       [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]

@@ -1,0 +1,65 @@
+import Accelerator
+import Boot
+import GuestMemory
+import Synchronization
+
+/// How the guest gets into memory: carried out at the start and again at every reset.
+struct BootPlan: Sendable {
+  /// Writes the guest into memory and says where the boot processor begins.
+  let load: @Sendable (GuestMemory) throws(MachineError) -> Entry
+  /// Says where the boot processor begins after S3.
+  let wake: @Sendable (GuestMemory) throws(MachineError) -> Entry
+
+  /// The boot processor's registers at the guest's first instruction; the others are as after reset.
+  struct Entry: Sendable {
+    var general: GeneralRegisters
+    var system: SystemRegisters
+  }
+
+  /// A plan given by its two functions.
+  init(
+    load: @escaping @Sendable (GuestMemory) throws(MachineError) -> Entry,
+    wake: @escaping @Sendable (GuestMemory) throws(MachineError) -> Entry
+  ) {
+    self.load = load
+    self.wake = wake
+  }
+
+  /// Boots what the request names.
+  init(_ request: BootRequest) {
+    let isFirst = Once()
+    load = { memory throws(MachineError) in
+      var request = request
+      request.memoryIsZero = isFirst.take()
+      do throws(BootError) {
+        try request.firmware?.copyAlias(into: memory)
+        let entry = try BootCatalogue.boot(request, into: memory)
+        return Entry(general: entry.general, system: entry.system)
+      } catch {
+        throw .boot(error)
+      }
+    }
+    wake = { memory throws(MachineError) in
+      do throws(GuestMemoryError) {
+        // The FACS's firmware waking vector (ACPI 6.5, table 5.15): real mode, CS:IP from the physical address.
+        let vector: UInt32 = try memory.read(facsAddress + 12)
+        let state = VCPUState()
+        var entry = Entry(general: state.general, system: state.system)
+        entry.general.rip = UInt64(vector & 0xf)
+        entry.system.cs = .real(selector: UInt16(truncatingIfNeeded: vector >> 4), code: true)
+        return entry
+      } catch {
+        throw .memory(error)
+      }
+    }
+  }
+
+  private final class Once: Sendable {
+    private let done = Atomic(false)
+
+    func take() -> Bool { !done.exchange(true, ordering: .relaxed) }
+  }
+}
+
+/// The last 64 bytes of the extended BIOS data area.
+private let facsAddress = GuestPhysicalAddress(Boot.Platform.extendedBIOSData.end.rawValue - 64)

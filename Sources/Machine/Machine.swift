@@ -1,0 +1,442 @@
+import Accelerator
+import DeviceModel
+import GuestMemory
+import Host
+import PlatformDevices
+import StateTree
+import Synchronization
+
+/// Memory, vCPUs and devices, and what moves them between running, paused and over.
+///
+/// Threads: one a vCPU, and the loop that runs devices. Whoever changes the run state holds `operations`; vCPU threads
+/// never do: they ask by `request`, which closes the gate they park at and leaves the rest to the loop.
+public final class Machine: MachineControl {
+  /// RAM.
+  public let memory: GuestMemory
+  /// The accelerator's side: slots, interrupts.
+  public let virtualMachine: any VirtualMachine
+  /// The vCPUs by number.
+  public let vcpus: [any VirtualCPU]
+  /// The loop that runs devices; control servers may put descriptors of their own on it.
+  public let loop: EventLoop
+  /// Exits by reason, one a vCPU.
+  public let counters: [ExitCounters]
+  /// COM1, whose input comes from outside.
+  public var serial: Serial16550 { platform.serial }
+  /// Every device, in the order in which they were attached.
+  public var devices: [any Device] { platform.devices }
+
+  private let clock: MachineClock
+  private let platform: MachinePlatform
+  private let ports: AddressBus
+  private let memoryBus: AddressBus
+  private let assist: (any InstructionAssist)?
+  private let trace: ExitTrace?
+  private let gate: VCPUGate
+  private let boot: BootPlan
+  private let pristine: (machine: StateNode, vcpus: [VCPUState])
+  private let operations = Mutex(Operations())
+  private let outcome = Condition<Outcome?>(nil)
+  private let threads = Mutex<[HostThread]>([])
+  private let threadIDs: Condition<[Int: Int32]> = Condition([:])
+  private let listeners = Mutex<[@Sendable (MachineEvent) -> Void]>([])
+
+  private struct Operations {
+    var state = RunState.prelaunch
+    var pausedClock: UInt64?
+  }
+
+  init(_ parts: consuming MachineParts) throws(AcceleratorError) {
+    memory = parts.memory
+    virtualMachine = parts.virtualMachine
+    vcpus = parts.vcpus
+    loop = parts.loop
+    clock = parts.clock
+    platform = parts.platform
+    ports = parts.platform.ports
+    memoryBus = parts.platform.memoryBus
+    boot = parts.boot
+    assist = parts.assist
+    trace = parts.trace
+    counters = parts.vcpus.map { _ in ExitCounters() }
+    gate = VCPUGate(threads: parts.vcpus.count)
+    var states: [VCPUState] = []
+    for vcpu in parts.vcpus { states.append(try vcpu.readState()) }
+    pristine = (try parts.virtualMachine.save(), states)
+  }
+
+  /// What the machine is doing.
+  public var state: RunState { operations.withLock { $0.state } }
+
+  /// Calls `listener` with every event from now on, on the thread that causes it; it must not wait for the machine.
+  public func addListener(_ listener: @escaping @Sendable (MachineEvent) -> Void) {
+    listeners.withLock { $0.append(listener) }
+  }
+
+  private func emit(_ event: MachineEvent) {
+    for listener in listeners.withLock({ $0 }) { listener(event) }
+  }
+
+  // MARK: Start and end
+
+  /// Loads the guest and starts the threads; the vCPUs run at once, or wait for `resume`.
+  public func start(paused: Bool) throws(MachineError) {
+    try load()
+    let loop = loop
+    do {
+      var started = [try HostThread(name: "devices") { loop.run() }]
+      for index in vcpus.indices {
+        started.append(try HostThread(name: "vcpu\(index)") { [self] in runVCPU(index) })
+      }
+      threads.withLock { $0 = started }
+    } catch {
+      throw .host(error)
+    }
+    if !paused { resume() }
+  }
+
+  /// Waits until the run is over, stops every thread and says how it ended.
+  public func waitUntilOver() -> Outcome {
+    let result = outcome.wait { $0 }
+    operations.withLock { operations in
+      operations.state =
+        switch result {
+        case .crashed: .guestPanicked
+        case .failed: .internalError
+        default: .shutdown
+        }
+      gate.end()
+      for vcpu in vcpus { vcpu.kick() }
+    }
+    let all = threads.withLock { $0 }
+    for thread in all.dropFirst() { thread.join() }
+    loop.stop()
+    all.first?.join()
+    return result
+  }
+
+  /// Ends the run; the first outcome counts.
+  public func finish(_ result: Outcome) {
+    let first = outcome.withLock { outcome in
+      guard outcome == nil else { return false }
+      outcome = result
+      return true
+    }
+    guard first else { return }
+    gate.close()
+    switch result {
+    case .poweredOff: emit(.shutdown(byGuest: true, reason: "guest-shutdown"))
+    case .debugExit: emit(.shutdown(byGuest: true, reason: "guest-shutdown"))
+    case .quit: emit(.shutdown(byGuest: false, reason: "host-qmp-quit"))
+    case .interrupted: emit(.shutdown(byGuest: false, reason: "host-signal"))
+    case .timeLimit: emit(.shutdown(byGuest: false, reason: "host-ui"))
+    case .crashed:
+      emit(.panicked)
+      emit(.shutdown(byGuest: true, reason: "guest-panic"))
+    case .failed: emit(.shutdown(byGuest: false, reason: "host-error"))
+    }
+  }
+
+  // MARK: Run states
+
+  /// Stops every vCPU and guest time; returns when all are out of the guest.
+  public func pause() {
+    let stopped = operations.withLock { operations in
+      guard operations.state == .running else { return false }
+      quiesce(&operations)
+      operations.state = .paused
+      return true
+    }
+    if stopped { emit(.stopped) }
+  }
+
+  /// Lets guest time and the vCPUs go on.
+  public func resume() {
+    let resumed = operations.withLock { operations in
+      guard operations.state == .paused || operations.state == .prelaunch else { return false }
+      go(&operations)
+      return true
+    }
+    if resumed { emit(.resumed) }
+  }
+
+  /// Resets every vCPU and device and boots the guest again.
+  public func reset(byGuest: Bool) {
+    let failure = operations.withLock { operations -> MachineError? in
+      let wasRunning = operations.state == .running
+      quiesce(&operations)
+      do throws(MachineError) {
+        try resetParts()
+        try load()
+      } catch {
+        return error
+      }
+      if wasRunning { go(&operations) }
+      return nil
+    }
+    if let failure {
+      finish(.failed(.call("reset", errno: 0, reason: "\(failure)")))
+    } else {
+      emit(.reset(byGuest: byGuest))
+    }
+  }
+
+  /// Presses the ACPI power button; what follows is the guest's choice.
+  public func pressPowerButton() {
+    platform.power.pressPowerButton()
+    emit(.powerdown)
+  }
+
+  /// Stops the vCPUs until `wake`, as ACPI S3 does; guest time goes on, since a timer may be what wakes it.
+  private func suspend() {
+    let sleeps = operations.withLock { operations in
+      guard operations.state == .running else { return false }
+      quiesce(&operations)
+      clock.start()
+      operations.state = .suspended
+      return true
+    }
+    if sleeps { emit(.suspended) }
+  }
+
+  /// Wakes the machine from S3: everything but RAM is reset, and the boot processor begins at the FACS's waking vector.
+  public func wake() {
+    let failure = operations.withLock { operations -> MachineError? in
+      guard operations.state == .suspended else { return nil }
+      do throws(MachineError) {
+        try resetParts()
+        try start(boot.wake(memory))
+      } catch {
+        return error
+      }
+      platform.power.wake()
+      go(&operations)
+      return nil
+    }
+    if let failure {
+      finish(.failed(.call("wake-up", errno: 0, reason: "\(failure)")))
+    } else {
+      emit(.wokeUp)
+    }
+  }
+
+  /// Runs `body` while every vCPU is out of the guest, and lets them go on afterwards if they ran.
+  public func whilePaused<Result>(_ body: () -> Result) -> Result {
+    operations.withLock { operations in
+      let wasRunning = operations.state == .running
+      if wasRunning { quiesce(&operations) }
+      defer { if wasRunning { go(&operations) } }
+      return body()
+    }
+  }
+
+  /// Takes every vCPU out of the guest and stops guest time.
+  private func quiesce(_ operations: inout Operations) {
+    gate.close()
+    guard !threads.withLock({ $0.isEmpty }) else { return }
+    for vcpu in vcpus { vcpu.kick() }
+    gate.waitUntilParked()
+    clock.stop()
+    operations.pausedClock = try? virtualMachine.readClock()
+  }
+
+  private func go(_ operations: inout Operations) {
+    // The accelerator's paravirtual clock must not show the pause either.
+    if let pausedClock = operations.pausedClock { try? virtualMachine.writeClock(pausedClock) }
+    operations.pausedClock = nil
+    operations.state = .running
+    clock.start()
+    gate.open()
+  }
+
+  private func resetParts() throws(MachineError) {
+    do {
+      try virtualMachine.restore(pristine.machine)
+      for (vcpu, state) in zip(vcpus, pristine.vcpus) { try vcpu.writeState(state) }
+    } catch {
+      throw .accelerator(error)
+    }
+    for device in devices { device.reset() }
+  }
+
+  /// Puts the guest into memory and the boot processor at its entry.
+  private func load() throws(MachineError) {
+    try start(boot.load(memory))
+  }
+
+  private func start(_ entry: BootPlan.Entry) throws(MachineError) {
+    do {
+      try vcpus[0].writeRegisters(entry.general)
+      try vcpus[0].writeSystemRegisters(entry.system)
+    } catch {
+      throw .accelerator(error)
+    }
+  }
+
+  // MARK: Requests of devices
+
+  /// Called by devices in the middle of an access: the vCPU that makes it parks right after it.
+  public func request(_ request: MachineRequest) {
+    // A wake-up may come at any time and means nothing to a machine that does not sleep.
+    if request != .wake { gate.close() }
+    loop.execute { [self] in
+      switch request {
+      case .powerOff: finish(.poweredOff)
+      case .debugExit(let value): finish(.debugExit(value))
+      case .reset: reset(byGuest: true)
+      case .suspend: suspend()
+      case .wake: wake()
+      }
+    }
+  }
+
+  // MARK: vCPU threads
+
+  /// The kernel's thread id of a vCPU, for `query-cpus-fast`; waits until the thread has started.
+  public func threadID(vcpu: Int) -> Int32 {
+    threadIDs.wait { $0[vcpu] }
+  }
+
+  private func runVCPU(_ index: Int) {
+    threadIDs.withLock { $0[index] = ThreadIdentity.current.id }
+    let vcpu = vcpus[index]
+    let counters = counters[index]
+    do throws(AcceleratorError) {
+      while true {
+        if gate.isClosed {
+          try vcpu.completeExit()
+          if !gate.park() { return }
+          continue
+        }
+        let exit = try vcpu.run()
+        counters.count(ExitCounters.Reason(exit))
+        trace?.record(exit, vcpu: index)
+        try handle(exit, vcpu)
+      }
+    } catch {
+      finish(.failed(error))
+      // Stay reachable for a pause that waits for every vCPU.
+      while gate.park() {}
+    }
+  }
+
+  private func handle(_ exit: VCPUExit, _ vcpu: any VirtualCPU) throws(AcceleratorError) {
+    switch exit {
+    case .portIO(let access): portAccess(access)
+    case .memoryIO(let access):
+      let address = access.address.rawValue
+      let size = Int(access.size)
+      if access.isWrite {
+        memoryBus.write(address, size: size, value: loadInteger(access.data, size: size))
+      } else {
+        storeInteger(memoryBus.read(address, size: size), to: access.data, size: size)
+      }
+    case .interrupted, .interruptWindow: break
+    case .emulationFailure(let bytes):
+      if try assist?.execute(vcpu, bytes: bytes) != true { crash(vcpu, .emulationFailure(bytes)) }
+    case .debug(let event):
+      gate.close()
+      loop.execute { [self] in
+        pause()
+        emit(.debug(vcpu: vcpu.index, event))
+      }
+    case .systemEvent(.shutdown): request(.powerOff)
+    case .systemEvent(.reset): request(.reset)
+    case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
+    case .tripleFault: crash(vcpu, .tripleFault)
+    case .memoryFault(let address, _, _): crash(vcpu, .memoryFault(address))
+    case .entryFailure(let reason): crash(vcpu, .entryFailure(reason))
+    case .internalError(let subcode, let data): crash(vcpu, .internalError(subcode: subcode, data: data.0))
+    // KVM's ABI for a hypercall that nobody knows: -KVM_ENOSYS.
+    case .hypercall(_, _, let result): result.pointee = UInt64(bitPattern: -1000)
+    case .halt: crash(vcpu, .unexpectedExit("halt"))
+    case .endOfInterrupt: crash(vcpu, .unexpectedExit("end of interrupt"))
+    case .dirtyRingFull: crash(vcpu, .unexpectedExit("dirty ring full"))
+    case .unknown(let reason): crash(vcpu, .unexpectedExit("number \(reason)"))
+    }
+  }
+
+  @inline(__always)
+  private func portAccess(_ access: PortAccess) {
+    let port = UInt64(access.port)
+    let size = Int(access.size)
+    var data = access.data
+    for _ in 0..<access.count {
+      if access.isWrite {
+        ports.write(port, size: size, value: loadInteger(data, size: size))
+      } else {
+        storeInteger(ports.read(port, size: size), to: data, size: size)
+      }
+      data += size
+    }
+  }
+
+  private func crash(_ vcpu: any VirtualCPU, _ reason: CrashReport.Reason) {
+    gate.close()
+    finish(.crashed(CrashReport(reason: reason, vcpu: vcpu, memory: memory)))
+  }
+
+  // MARK: Saved state
+
+  /// Devices, vCPUs and the accelerator's part; RAM is apart. The machine must be paused.
+  public func save() throws(MachineError) -> StateNode {
+    var children = devices.map { $0.save() }
+    do {
+      children.append(try virtualMachine.save())
+      for vcpu in vcpus { children.append(try vcpu.readState().node(index: vcpu.index)) }
+    } catch {
+      throw .accelerator(error)
+    }
+    let now = clock.now()
+    return StateNode("machine", version: 1, children: children) { $0.write(now) }
+  }
+
+  /// Puts a saved state in place. The machine must be paused; on an error it is in no usable state.
+  public func restore(_ node: StateNode) throws(MachineError) {
+    var states: [VCPUState] = []
+    let machineNode: StateNode
+    do throws(StateError) {
+      let now = try node.read("machine", versions: 1...1) { reader, _ throws(StateError) in
+        try reader.read(UInt64.self)
+      }
+      clock.set(now)
+      for device in devices { try device.restore(node.child(device.name)) }
+      for vcpu in vcpus { states.append(try VCPUState(node.child("vcpu\(vcpu.index)"), index: vcpu.index)) }
+      machineNode = try node.child(pristine.machine.name)
+    } catch {
+      throw .state(error)
+    }
+    do {
+      try virtualMachine.restore(machineNode)
+      for (vcpu, state) in zip(vcpus, states) { try vcpu.writeState(state) }
+    } catch {
+      throw .accelerator(error)
+    }
+  }
+}
+
+/// Executes single instructions that the accelerator cannot; the software CPU does.
+public protocol InstructionAssist: Sendable {
+  /// Executes the instruction at the vCPU's RIP on its state; false where it cannot either, and nothing has changed.
+  func execute(_ vcpu: any VirtualCPU, bytes: InstructionBytes) throws(AcceleratorError) -> Bool
+}
+
+@inline(__always)
+private func loadInteger(_ data: UnsafeMutableRawPointer, size: Int) -> UInt64 {
+  switch size {
+  case 1: UInt64(data.load(as: UInt8.self))
+  case 2: UInt64(data.loadUnaligned(as: UInt16.self))
+  case 4: UInt64(data.loadUnaligned(as: UInt32.self))
+  default: data.loadUnaligned(as: UInt64.self)
+  }
+}
+
+@inline(__always)
+private func storeInteger(_ value: UInt64, to data: UnsafeMutableRawPointer, size: Int) {
+  switch size {
+  case 1: data.storeBytes(of: UInt8(truncatingIfNeeded: value), as: UInt8.self)
+  case 2: data.storeBytes(of: UInt16(truncatingIfNeeded: value), as: UInt16.self)
+  case 4: data.storeBytes(of: UInt32(truncatingIfNeeded: value), as: UInt32.self)
+  default: data.storeBytes(of: value, as: UInt64.self)
+  }
+}

@@ -1,0 +1,125 @@
+import Accelerator
+import Boot
+import DeviceModel
+import GuestMemory
+import Host
+import PlatformDevices
+import Synchronization
+
+/// Turns a configuration into a machine: RAM and slots, devices on their buses, vCPUs, and the plan to boot it.
+public struct MachineBuilder {
+  private let configuration: MachineConfiguration
+  private let accelerator: any Accelerator
+
+  /// A builder of one machine on one accelerator.
+  public init(_ configuration: MachineConfiguration, on accelerator: any Accelerator) {
+    self.configuration = configuration
+    self.accelerator = accelerator
+  }
+
+  /// Builds the machine. Nothing runs yet.
+  public func build() throws(MachineError) -> Machine {
+    try configuration.validate()
+    let map = try boot { () throws(BootError) in try MemoryMap(size: configuration.memory) }
+    var request = BootRequest(image: configuration.image, memoryMap: map)
+    request.commandLine = configuration.commandLine
+    request.initialRAMDisk = configuration.initialRAMDisk
+    request.modules = configuration.modules
+    request.loadAddress = configuration.loadAddress
+    request.firmware = configuration.firmware
+    // What can be refused is refused before anything is allocated.
+    try boot { () throws(BootError) in try BootCatalogue.check(request) }
+
+    let memory: GuestMemory
+    do { memory = try GuestMemory(map.ram) } catch { throw .memory(error) }
+    let loop: EventLoop
+    do { loop = try EventLoop() } catch { throw .host(error) }
+    let clock = MachineClock(loop: loop)
+    let link = MachineLink()
+    let virtualMachine: any VirtualMachine
+    var vcpus: [any VirtualCPU] = []
+    do {
+      virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .inKernel)
+      try setSlots(virtualMachine)
+      let supported = try accelerator.supportedCPUID()
+      let policy = CPUIDPolicy(cpus: configuration.cpus)
+      for index in 0..<configuration.cpus {
+        let leaves = policy.leaves(supported: supported, apicID: UInt32(index))
+        vcpus.append(try virtualMachine.makeVCPU(index: index, cpuid: leaves))
+      }
+    } catch {
+      throw .accelerator(error)
+    }
+    let platform: MachinePlatform
+    do {
+      platform = try MachinePlatform(
+        configuration, memory: memory, map: map, clock: clock, machine: link,
+        interrupts: VirtualMachineInterrupts(virtualMachine))
+    } catch {
+      throw .device(error)
+    }
+    let parts = MachineParts(
+      memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
+      boot: BootPlan(request), assist: configuration.assist, trace: configuration.trace)
+    do {
+      let machine = try Machine(parts)
+      link.connect(machine)
+      return machine
+    } catch {
+      throw .accelerator(error)
+    }
+  }
+
+  /// One slot a RAM region, then the ROM, which the guest may read and execute but not write.
+  private func setSlots(_ machine: any VirtualMachine) throws(AcceleratorError) {
+    for (number, region) in machine.memory.regions.enumerated() {
+      try machine.setMemorySlot(
+        MemorySlot(number: UInt32(number), range: region.range, hostBase: region.hostBase))
+    }
+    guard let firmware = configuration.firmware else { return }
+    let readOnly = accelerator.capabilities.contains(.readOnlyMemory)
+    try machine.setMemorySlot(
+      MemorySlot(
+        number: UInt32(machine.memory.regions.count), range: firmware.range, hostBase: firmware.hostBase,
+        access: readOnly ? .readExecute : .readWriteExecute))
+  }
+
+  private func boot<Value>(_ body: () throws(BootError) -> Value) throws(MachineError) -> Value {
+    do { return try body() } catch { throw .boot(error) }
+  }
+}
+
+/// The devices' way to the machine, which is made after them.
+final class MachineLink: MachineControl {
+  private struct Reference {
+    weak var machine: Machine?
+  }
+
+  private let machine = Mutex(Reference())
+
+  func connect(_ machine: Machine) {
+    self.machine.withLock { $0.machine = machine }
+  }
+
+  func request(_ request: MachineRequest) {
+    machine.withLock { $0.machine }?.request(request)
+  }
+}
+
+/// Hands the devices' interrupts to the accelerator's controllers.
+final class VirtualMachineInterrupts: InterruptSink {
+  private let machine: any VirtualMachine
+
+  init(_ machine: any VirtualMachine) {
+    self.machine = machine
+  }
+
+  // The calls fail for interrupts that no controller has an input for, which a guest may ask for: those are lost.
+  func setInterruptLine(_ gsi: UInt32, level: Bool) {
+    try? machine.setInterruptLine(gsi, level: level)
+  }
+
+  func signalMSI(address: UInt64, data: UInt32) {
+    try? machine.signalMSI(address: address, data: data)
+  }
+}

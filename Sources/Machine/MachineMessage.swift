@@ -1,0 +1,78 @@
+import Accelerator
+import Boot
+import DeviceModel
+import GuestMemory
+import Host
+import StateTree
+
+/// Why a machine could not be built, started, saved or restored.
+public enum MachineError: Error, CustomStringConvertible {
+  /// The number of vCPUs is out of bounds.
+  case cpus(asked: Int, limit: Int)
+  /// The guest's memory is out of bounds.
+  case memorySize(asked: UInt64, minimum: UInt64)
+  case memory(GuestMemoryError)
+  case accelerator(AcceleratorError)
+  case device(DeviceModelError)
+  case boot(BootError)
+  case host(HostError)
+  case state(StateError)
+
+  /// One line: what failed, with which value, and what to do.
+  public var description: String {
+    switch self {
+    case .cpus(let asked, let limit): "\(asked) vCPUs cannot be had: --cpus takes 1 to \(limit)"
+    case .memorySize(let asked, let minimum):
+      "\(asked) bytes of guest memory are too few: --memory takes \(minimum >> 20)M or more, in whole pages"
+    case .memory(let error): "\(error)"
+    case .accelerator(let error): "\(error)"
+    case .device(let error): "\(error)"
+    case .boot(let error): "\(error)"
+    case .host(let error): "\(error)"
+    case .state(let error): "\(error)"
+    }
+  }
+}
+
+/// The texts that this target prints about a guest.
+enum MachineMessage {
+  case crash(CrashReport.Reason, vcpu: Int)
+
+  /// The headline, what it means, and what to do.
+  var lines: [String] {
+    switch self {
+    case .crash(.tripleFault, let vcpu):
+      [
+        "the guest crashed: triple fault on vCPU \(vcpu)",
+        "an exception could not be delivered, nor the double fault after it: look at IDTR, the stack and CR2",
+      ]
+    case .crash(.emulationFailure, let vcpu):
+      [
+        "the guest crashed: vCPU \(vcpu) met an instruction that this host's KVM cannot execute",
+        "without VMX or SVM, KVM emulates ring 0 and lacks this instruction; use --engine soft, or a host with VMX or SVM",
+      ]
+    case .crash(.memoryFault(let address), let vcpu):
+      [
+        "the guest crashed: vCPU \(vcpu) fetched an instruction or walked page tables outside memory, at guest-physical \(address)",
+        "look at RIP and CR3; nothing is mapped there",
+      ]
+    case .crash(.entryFailure(let reason), let vcpu):
+      [
+        "the guest crashed: the processor refused to enter vCPU \(vcpu), reason 0x\(String(reason, radix: 16))",
+        "the state below is not one the architecture allows",
+      ]
+    case .crash(.internalError(let subcode, let data), let vcpu):
+      [
+        "the guest crashed: the host's KVM gave up on vCPU \(vcpu), suberror \(subcode), data 0x\(String(data, radix: 16))",
+        "the host's kernel log may say more; --engine soft does not depend on it",
+      ]
+    case .crash(.reportedByGuest, let vcpu):
+      ["the guest reported that it crashed, on vCPU \(vcpu)", "its own console has the reason"]
+    case .crash(.unexpectedExit(let exit), let vcpu):
+      [
+        "vCPU \(vcpu) stopped for a reason that this machine does not use: \(exit)",
+        "this is a bug of swiftvmm: please report it with the lines below",
+      ]
+    }
+  }
+}

@@ -1,0 +1,16 @@
+import Accelerator
+import GuestMemory
+import Host
+
+/// What the builder hands to the machine.
+struct MachineParts {
+  var memory: GuestMemory
+  var virtualMachine: any VirtualMachine
+  var vcpus: [any VirtualCPU]
+  var loop: EventLoop
+  var clock: MachineClock
+  var platform: MachinePlatform
+  var boot: BootPlan
+  var assist: (any InstructionAssist)?
+  var trace: ExitTrace?
+}

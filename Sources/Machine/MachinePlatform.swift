@@ -1,0 +1,61 @@
+import Boot
+import DeviceModel
+import Glibc
+import GuestMemory
+import PlatformDevices
+
+/// The machine's devices and where they are: the one list to add a device to.
+struct MachinePlatform {
+  let ports = AddressBus(name: "ports")
+  let memoryBus = AddressBus(name: "memory")
+  private(set) var devices: [any Device] = []
+  let power: ACPIPowerManagement
+  let serial: Serial16550
+
+  init(
+    _ configuration: MachineConfiguration, memory: GuestMemory, map: MemoryMap, clock: any DeviceClock,
+    machine: any MachineControl, interrupts: any InterruptSink
+  ) throws(DeviceModelError) {
+    func line(_ gsi: UInt32) -> InterruptLine.Source { InterruptLine(gsi: gsi, sink: interrupts).makeSource() }
+    let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
+    self.power = power
+    serial = Serial16550(name: "serial0", line: line(4), output: configuration.serial)
+    let contents = RealTimeClock.Contents(
+      lowMemory: map.lowRAM.size, highMemory: map.highRAM?.size ?? 0, cpus: configuration.cpus)
+    try add(serial)
+    try add(power)
+    try add(
+      RealTimeClock(line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: Int64(time(nil))) {
+        power.signalAlarm()
+      })
+    try add(I8042(line: line(1), machine: machine))
+    try add(ResetControl(machine: machine))
+    try add(DebugExit(machine: machine))
+    try add(DebugConsole(output: configuration.serial))
+    try add(
+      FirmwareConfiguration(
+        memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))
+  }
+
+  private mutating func add(_ device: any PlatformDevice) throws(DeviceModelError) {
+    try device.attach(ports: ports, memory: memoryBus)
+    devices.append(device)
+  }
+
+  /// Adds a device at a port that no platform device names, for tests.
+  mutating func add(_ device: any BusDevice, port: UInt64, size: UInt64) throws(DeviceModelError) {
+    try ports.attach(device, at: port, size: size)
+    devices.append(device)
+  }
+
+  private static func firmwareItems(_ configuration: MachineConfiguration) -> [UInt16: [UInt8]] {
+    func littleEndian<T: FixedWidthInteger>(_ value: T) -> [UInt8] {
+      withUnsafeBytes(of: value.littleEndian) { Array($0) }
+    }
+    typealias Key = FirmwareConfiguration.Key
+    return [
+      Key.memorySize: littleEndian(configuration.memory), Key.cpus: littleEndian(UInt16(configuration.cpus)),
+      Key.maximumCPUs: littleEndian(UInt16(configuration.cpus)),
+    ]
+  }
+}

@@ -1,0 +1,51 @@
+import ArgumentParser
+import JSON
+
+struct BenchCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "bench",
+    abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
+    discussion: "Example: swiftvmm bench start exits --json")
+
+  @Argument(help: "start, exits; all of them without a name.")
+  var names: [Benchmark] = []
+
+  @Flag(help: "Print one JSON document instead of tables.")
+  var json = false
+
+  @Option(help: "Counted runs of each row.")
+  var runs = 15
+
+  func validate() throws {
+    if !(1...1000).contains(runs) { throw ValidationError("--runs \(runs): expected 1 to 1000") }
+  }
+
+  func run() throws {
+    var document = JSONObject()
+    for benchmark in names.isEmpty ? Benchmark.allCases : names {
+      let table = try benchmark.measure(runs: runs)
+      document[benchmark.rawValue] = table.json
+      if !json { print(table.text(title: benchmark.title)) }
+    }
+    if json { print(JSONValue.object(document).serialized(pretty: true)) }
+  }
+}
+
+/// The catalogue of benchmarks: a new one is a case here and a file beside this one.
+enum Benchmark: String, CaseIterable, ExpressibleByArgument {
+  case start, exits
+
+  var title: String {
+    switch self {
+    case .start: "start: process start to guest exit"
+    case .exits: "exits: what leaving the guest costs"
+    }
+  }
+
+  func measure(runs: Int) throws(Failure) -> BenchTable {
+    switch self {
+    case .start: try StartBenchmark(runs: runs).measure()
+    case .exits: try ExitsBenchmark(runs: runs).measure()
+    }
+  }
+}

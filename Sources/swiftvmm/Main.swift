@@ -1,6 +1,0 @@
-import ArgumentParser
-
-@main
-struct SwiftVMM: ParsableCommand {
-  func run() {}
-}

@@ -1,0 +1,80 @@
+import Accelerator
+import ArgumentParser
+import Boot
+import Glibc
+import GuestMemory
+import Host
+import Machine
+
+struct RunCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "run",
+    abstract: "Run a guest.",
+    discussion: """
+      GUEST is a bundled sample (see 'swiftvmm guests') or a file: a Linux bzImage, an ELF kernel (PVH, Multiboot or \
+      plain ELF64), a Multiboot image, a boot sector, or with --load-address a flat binary.
+
+      Example: swiftvmm run hello --cpus 2 --memory 256M
+      """)
+
+  @Argument(help: "A bundled guest's name, or a file.")
+  var guest: String?
+
+  @OptionGroup var engine: EngineOption
+
+  @Option(help: "Guest memory, with a suffix K, M or G.")
+  var memory = "256M"
+
+  @Option(help: "Number of vCPUs.")
+  var cpus = 1
+
+  @Option(help: "Kernel command line.")
+  var append = ""
+
+  @Option(help: "Initial RAM disk.")
+  var initrd: String?
+
+  @Option(help: "Multiboot or PVH module, with an optional command line after a comma; repeatable.")
+  var module: [String] = []
+
+  @Option(help: "ROM image that ends at 4 GiB, instead of the built-in one.")
+  var firmware: String?
+
+  @Option(name: .customLong("load-address"), help: "Where a flat binary is loaded and entered.")
+  var loadAddress: String?
+
+  @Option(help: "COM1: stdio, none, file:PATH or unix:PATH.")
+  var serial = "stdio"
+
+  @Option(help: "Control socket (QMP): unix:PATH.")
+  var control: String?
+
+  @Option(help: "Debugger: HOST:PORT or unix:PATH.")
+  var gdb: String?
+
+  @Flag(help: "Start with the vCPUs stopped.")
+  var paused = false
+
+  @Option(name: .customLong("time-limit"), help: "Stop with status 124 after this many seconds.")
+  var timeLimit: Double?
+
+  @Option(help: "Write a JSON report at the end, to a file or - for standard output.")
+  var report: String?
+
+  @Option(help: "Trace as JSON lines: exits:FILE.")
+  var trace: String?
+
+  func validate() throws {
+    if guest == nil && firmware == nil {
+      throw ValidationError("name a GUEST, or give --firmware")
+    }
+    if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {
+      throw ValidationError("--time-limit \(timeLimit): expected seconds greater than 0")
+    }
+  }
+
+  func run() throws {
+    let session = try RunSession(self)
+    Glibc.exit(try session.run())
+  }
+}

@@ -1,0 +1,149 @@
+import Accelerator
+import Boot
+import CLinux
+import Glibc
+import Host
+import JSON
+import Machine
+import Monitor
+import PlatformDevices
+
+/// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
+struct RunSession {
+  private let options: RunCommand
+  private let machine: Machine
+  private let engine: String
+  private let console: Console
+  private let trace: ExitTrace?
+
+  init(_ options: RunCommand) throws(Failure) {
+    self.options = options
+    let memory = try parseSize(options.memory, option: "--memory")
+    let image = try options.guest.map { name throws(Failure) in
+      let path = try GuestCatalogue.path(of: name)
+      return try Self.boot { () throws(BootError) in try BootImage(path: path) }
+    }
+    console = try Console(options.serial)
+    trace = try options.trace.map(Self.openTrace)
+    var configuration = MachineConfiguration(serial: console)
+    configuration.memory = memory
+    configuration.cpus = options.cpus
+    configuration.image = image
+    configuration.commandLine = options.append
+    configuration.trace = trace
+    configuration.loadAddress = try options.loadAddress.map { text throws(Failure) in
+      try parseAddress(text, option: "--load-address")
+    }
+    configuration.initialRAMDisk = try options.initrd.map { path throws(Failure) in
+      try Self.boot { () throws(BootError) in try BootImage(path: path) }
+    }
+    for text in options.module {
+      // QEMU's syntax for -initrd with Multiboot: FILE and its arguments after the first blank.
+      let parts = text.split(separator: " ", maxSplits: 1)
+      let path = parts.first.map(String.init) ?? text
+      let module = try Self.boot { () throws(BootError) in try BootImage(path: path) }
+      configuration.modules.append(BootModule(image: module, string: text))
+    }
+    configuration.firmware = try Self.boot { () throws(BootError) in
+      if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
+    }
+    let accelerator = try options.engine.open()
+    engine = accelerator.name
+    do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
+  }
+
+  /// Runs to the end and returns the exit status.
+  func run() throws(Failure) -> Int32 {
+    let started = monotonicNanoseconds()
+    let signals = try Signals(machine)
+    defer { withExtendedLifetime(signals) {} }
+    let monitor = try options.control.map { text throws(Failure) in
+      try MachineMonitor.serve(machine, engine: engine, on: text)
+    }
+    defer { monitor?.close() }
+    try console.attach(machine)
+    let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
+    if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
+    do { try machine.start(paused: options.paused) } catch { throw .machine(error) }
+    let outcome = machine.waitUntilOver()
+    timer.cancel()
+    console.close()
+    trace?.flush()
+    if let path = options.report {
+      try write(RunReport(machine, engine: engine, outcome: outcome, started: started).json, to: path)
+    }
+    for line in outcome.explanation { printError("swiftvmm: \(line)") }
+    return outcome.status
+  }
+
+  private static func boot<Value>(_ body: () throws(BootError) -> Value) throws(Failure) -> Value {
+    do { return try body() } catch { throw .machine(.boot(error)) }
+  }
+
+  private static func openTrace(_ text: String) throws(Failure) -> ExitTrace {
+    let parts = text.split(separator: ":", maxSplits: 1)
+    guard parts.count == 2, parts[0] == "exits" else {
+      throw .badValue(option: "--trace", value: text, expected: "exits:FILE")
+    }
+    let path = String(parts[1])
+    do {
+      return ExitTrace(file: try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC))
+    } catch {
+      throw .output(path: path, reason: HostError.reason(error.errno))
+    }
+  }
+
+  private func write(_ json: JSONValue, to path: String) throws(Failure) {
+    let text = json.serialized(pretty: true) + "\n"
+    do {
+      let file =
+        path == "-"
+        ? FileDescriptor(owning: dup(STDOUT_FILENO)) : try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC)
+      let bytes = Array(text.utf8)
+      let result = bytes.withUnsafeBytes { buffer in
+        Result { () throws(HostError) in try file.writeAll(buffer) }
+      }
+      try result.get()
+    } catch {
+      throw .output(path: path, reason: HostError.reason(error.errno))
+    }
+  }
+}
+
+extension Outcome {
+  /// cli.md's exit statuses.
+  var status: Int32 {
+    switch self {
+    case .poweredOff, .quit: 0
+    // As QEMU's isa-debug-exit: the low byte is all that a parent sees.
+    case .debugExit(let value): Int32(truncatingIfNeeded: value << 1 | 1) & 0xff
+    case .interrupted: ExitStatus.interrupted.rawValue
+    case .timeLimit: ExitStatus.timeLimit.rawValue
+    case .crashed: ExitStatus.crashed.rawValue
+    case .failed: ExitStatus.software.rawValue
+    }
+  }
+
+  /// The name in reports.
+  var name: String {
+    switch self {
+    case .poweredOff: "powered-off"
+    case .debugExit: "debug-exit"
+    case .quit: "quit"
+    case .interrupted: "interrupted"
+    case .timeLimit: "time-limit"
+    case .crashed: "crashed"
+    case .failed: "failed"
+    }
+  }
+
+  /// What standard error says about it.
+  var explanation: [String] {
+    switch self {
+    case .crashed(let report): report.lines
+    case .failed(let error): ["\(error)"]
+    case .timeLimit: ["the time limit passed before the guest ended"]
+    default: []
+    }
+  }
+}

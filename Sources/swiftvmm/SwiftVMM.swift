@@ -1,0 +1,36 @@
+import ArgumentParser
+import Glibc
+
+/// The command line: one file a subcommand.
+@main
+struct SwiftVMM: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "swiftvmm",
+    abstract: "A small x86-64 virtual machine monitor.",
+    discussion: "Example: swiftvmm run hello --memory 64M",
+    version: Version.text,
+    subcommands: [
+      RunCommand.self, GuestsCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self, PauseCommand.self,
+      ResumeCommand.self, StopCommand.self, BenchCommand.self,
+    ])
+
+  static func main() {
+    do {
+      var command = try parseAsRoot()
+      try command.run()
+    } catch let failure as Failure {
+      failure.report()
+      Glibc.exit(failure.status.rawValue)
+    } catch {
+      exit(withError: error)
+    }
+  }
+}
+
+/// The program's version, in `--version`, QMP's greeting and reports.
+enum Version {
+  static let major = 0
+  static let minor = 1
+  static let micro = 0
+  static var text: String { "\(major).\(minor).\(micro)" }
+}
