@@ -88,11 +88,10 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
           port: io.port, size: io.size, isWrite: Int32(io.direction) == KVM_EXIT_IO_OUT, count: io.count,
           data: UnsafeMutableRawPointer(shared) + Int(io.data_offset)))
     case KVM_EXIT_MMIO:
-      let data = UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.mmio.data)!
       return .memoryIO(
         MemoryAccess(
           address: GuestPhysicalAddress(shared.pointee.mmio.phys_addr), size: UInt8(shared.pointee.mmio.len),
-          isWrite: shared.pointee.mmio.is_write != 0, data: data))
+          isWrite: shared.pointee.mmio.is_write != 0, data: clinux_kvm_mmio_data(shared)))
     case KVM_EXIT_HLT: return .halt
     case KVM_EXIT_INTR: return .interrupted
     case KVM_EXIT_IRQ_WINDOW_OPEN: return .interruptWindow
@@ -114,10 +113,9 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     case KVM_EXIT_DIRTY_RING_FULL: return .dirtyRingFull
     case KVM_EXIT_HYPERCALL:
       let call = shared.pointee.hypercall
-      let result = UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.hypercall.ret)!
       return .hypercall(
         number: call.nr, arguments: (call.args.0, call.args.1, call.args.2, call.args.3, call.args.4),
-        result: result.assumingMemoryBound(to: UInt64.self))
+        result: clinux_kvm_hypercall_result(shared))
     case KVM_EXIT_FAIL_ENTRY:
       return .entryFailure(reason: shared.pointee.fail_entry.hardware_entry_failure_reason)
     default: return .unknown(reason: shared.pointee.exit_reason)

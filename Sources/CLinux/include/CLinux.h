@@ -91,6 +91,10 @@ static const uint32_t CLINUX_KVM_DIRTY_GFN_F_DIRTY = KVM_DIRTY_GFN_F_DIRTY;
 static const uint32_t CLINUX_KVM_DIRTY_GFN_F_RESET = KVM_DIRTY_GFN_F_RESET;
 static const uint32_t CLINUX_KVM_DIRTY_GFN_F_MASK = KVM_DIRTY_GFN_F_MASK;
 
+// Members of kvm_run's anonymous union import as computed properties, which have no address.
+static inline void *clinux_kvm_mmio_data(struct kvm_run *run) { return run->mmio.data; }
+static inline uint64_t *clinux_kvm_hypercall_result(struct kvm_run *run) { return (uint64_t *)&run->hypercall.ret; }
+
 // One CPUID leaf of the processor this program runs on.
 struct clinux_cpuid_result {
   uint32_t eax, ebx, ecx, edx;
