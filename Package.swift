@@ -21,6 +21,19 @@ func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
   .testTarget(name: name, dependencies: dependencies, swiftSettings: strict)
 }
 
+/// Fuzzers need libFuzzer's instrumentation everywhere, so they are no part of other builds: see scripts/fuzz.
+func fuzzer(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
+  .executableTarget(name: name, dependencies: dependencies + ["CFuzz"], path: "Fuzz/" + name, swiftSettings: strict)
+}
+
+let fuzzers: [Target] =
+  Context.environment["SWIFTVMM_FUZZ"] == nil
+  ? []
+  : [
+    .target(name: "CFuzz", path: "Fuzz/CFuzz"),
+    fuzzer("FuzzBoot", ["Accelerator", "Boot", "GuestMemory"]),
+  ]
+
 let package = Package(
   name: "swiftvmm",
   products: [.executable(name: "swiftvmm", targets: ["swiftvmm"])],
@@ -92,5 +105,5 @@ let package = Package(
     tests("GDBStubTests", ["GDBStub"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Host"]),
-  ]
+  ] + fuzzers
 )

@@ -43,6 +43,13 @@ public enum BootCatalogue {
     try loader(for: image, loadAddress: loadAddress).kind
   }
 
+  /// The memory that a boot sector's disk takes, for `MemoryMap`; 0 for other kinds, and for a disk of one sector.
+  ///
+  /// Errors: `.unknownKind`.
+  public static func bootDiskSize(of image: BootImage, loadAddress: UInt64? = nil) throws(BootError) -> UInt64 {
+    try kind(of: image, loadAddress: loadAddress) == .bootSector ? BootSectorLoader.diskSize(image) : 0
+  }
+
   /// Checks what can be checked before there is a machine: the kind, and that it takes what the request holds.
   ///
   /// Errors: `.nothingToBoot`, `.unknownKind`, `.unusedInput`, `.stringWithNUL`.

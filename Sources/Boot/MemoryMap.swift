@@ -54,31 +54,44 @@ public struct MemoryMap: Equatable, Sendable {
   public let lowRAM: GuestRange
   /// RAM from 4 GiB on.
   public let highRAM: GuestRange?
+  /// Low RAM's end, reserved for a disk that the boot ROM reads from memory.
+  public let bootDisk: GuestRange?
   /// Usable and reserved ranges by rising address; they do not overlap, and what is in none is free for devices.
   public let entries: [Entry]
 
   /// The map of a machine with `size` bytes of RAM: whole 4 KiB pages, 1 MiB to 2^46 bytes; else `.memorySize`.
-  public init(size: UInt64) throws(BootError) {
+  ///
+  /// `bootDisk` is the size of a disk image as `BootCatalogue.bootDiskSize` tells it; one that does not fit between 1 MiB
+  /// and the end of low RAM is left out, and refused when it is booted.
+  public init(size: UInt64, bootDisk: UInt64 = 0) throws(BootError) {
+    guard size & 0xfff == 0, size >= Platform.oneMiB, size <= 1 << 46 else { throw .memorySize(size) }
     let low = min(size, Platform.pciHole)
-    guard size & 0xfff == 0, size >= Platform.oneMiB, size <= 1 << 46,
-      let lowRAM = GuestRange(start: GuestPhysicalAddress(0), size: low),
-      let base = GuestRange(start: GuestPhysicalAddress(0), size: Platform.extendedBIOSData.start.rawValue),
-      let extended = GuestRange(start: GuestPhysicalAddress(Platform.oneMiB), size: low - Platform.oneMiB)
-    else { throw .memorySize(size) }
-    highRAM = size > low ? GuestRange(start: GuestPhysicalAddress(Platform.fourGiB), size: size - low) : nil
+    let diskSize = bootDisk <= low - Platform.oneMiB ? (bootDisk + 0xfff) & ~0xfff : 0
+    let disk = Self.range(low - diskSize, low)
     self.size = size
-    self.lowRAM = lowRAM
-    var entries = [
-      Entry(range: base, kind: .usable),
-      Entry(range: Platform.extendedBIOSData, kind: .reserved),
-      Entry(range: Platform.biosArea, kind: .reserved),
-      Entry(range: extended, kind: .usable),
-      Entry(range: Platform.ecam, kind: .reserved),
-      Entry(range: Platform.interruptControllers, kind: .reserved),
-      Entry(range: Platform.romArea, kind: .reserved),
+    self.bootDisk = diskSize > 0 ? disk : nil
+    lowRAM = Self.range(0, low)
+    highRAM = size > low ? Self.range(Platform.fourGiB, Platform.fourGiB + size - low) : nil
+    let entries: [(GuestRange?, Kind)] = [
+      (Self.range(0, Platform.extendedBIOSData.start.rawValue), .usable),
+      (Platform.extendedBIOSData, .reserved),
+      (Platform.biosArea, .reserved),
+      (Self.range(Platform.oneMiB, disk.start.rawValue), .usable),
+      (disk, .reserved),
+      (Platform.ecam, .reserved),
+      (Platform.interruptControllers, .reserved),
+      (Platform.romArea, .reserved),
+      (highRAM, .usable),
     ]
-    if let highRAM { entries.append(Entry(range: highRAM, kind: .usable)) }
-    self.entries = entries.filter { $0.range.size > 0 }
+    self.entries = entries.compactMap { range, kind in
+      guard let range, range.size > 0 else { return nil }
+      return Entry(range: range, kind: kind)
+    }
+  }
+
+  /// Addresses of this map, which never wrap.
+  private static func range(_ start: UInt64, _ end: UInt64) -> GuestRange {
+    GuestRange(start: GuestPhysicalAddress(start), size: end - start)!
   }
 
   /// The ranges that `GuestMemory` is made of.

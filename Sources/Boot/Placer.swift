@@ -19,7 +19,8 @@ struct Placer {
     self.path = path
     self.memory = memory
     self.memoryIsZero = memoryIsZero
-    usable = map.usable
+    // The boot disk is the only part that goes to the highest place of all, so it finds its own range.
+    usable = (map.usable + (map.bootDisk.map { [$0] } ?? [])).sorted { $0.start < $1.start }
   }
 
   /// The first address after everything that has been placed, at least 1 MiB.

@@ -91,6 +91,15 @@ import Testing
       #expect(try machine.bytes(range.start.rawValue, disk.count) == disk)
       #expect(try machine.read(0x9fc28, as: UInt32.self) == UInt32(range.start.rawValue))
       #expect(try machine.read(0x9fc2c, as: UInt32.self) == 7)
+      let size = try BootCatalogue.bootDiskSize(of: BootImage(path: "disk", bytes: disk))
+      #expect(size == UInt64(disk.count))
+      let roomy = try MemoryMap(size: 64 << 20, bootDisk: size)
+      let placed = try #require(
+        machine.boot(disk) {
+          $0.firmware = rom; $0.memoryMap = roomy
+        }.range(.disk))
+      #expect(placed.start == roomy.bootDisk?.start)
+      #expect(!roomy.usable.contains { $0.overlaps(placed) })
       var alone = BootRequest(image: nil, memoryMap: machine.map)
       alone.firmware = rom
       #expect(try BootCatalogue.boot(alone, into: machine.memory).general.rip == 0xfff0)

@@ -35,6 +35,18 @@ import Testing
     #expect(throws: BootError.memorySize(size)) { try MemoryMap(size: size) }
   }
 
+  @Test func aBootDiskIsReservedAtTheEndOfLowRAM() throws {
+    let map = try MemoryMap(size: 4 << 30, bootDisk: 1_474_560)
+    #expect(map.bootDisk?.end.rawValue == 3 << 30)
+    #expect(map.bootDisk?.size == 1_474_560)
+    #expect(map.usable.map(\.end.rawValue) == [0x9fc00, (3 << 30) - 1_474_560, 5 << 30])
+    #expect(try MemoryMap(size: 2 << 20, bootDisk: 1).bootDisk?.size == 4096)
+    #expect(try MemoryMap(size: 2 << 20, bootDisk: 1 << 20).usable.count == 1)
+    for size in [(1 << 20) + 1, .max] as [UInt64] {
+      #expect(try MemoryMap(size: 2 << 20, bootDisk: size).bootDisk == nil)
+    }
+  }
+
   @Test func e820HoldsBaseSizeAndType() throws {
     let bytes = try MemoryMap(size: 64 << 20).e820
     #expect(bytes.number(at: 0, as: UInt64.self) == 0)

@@ -13,6 +13,9 @@ struct BootSectorLoader: BootLoader {
   private static let size: UInt64 = 512
   private static let address: UInt64 = 0x7c00
 
+  /// Bytes of a disk of more than one sector, else 0.
+  static func diskSize(_ image: BootImage) -> UInt64 { image.size >= 2 * size ? image.size : 0 }
+
   static func hasSignature(_ image: BootImage) -> Bool { image.head.number(at: 510, as: UInt16.self) == 0xaa55 }
 
   func recognises(_ image: BootImage, loadAddress: UInt64?) -> Bool { Self.hasSignature(image) }
@@ -37,9 +40,8 @@ struct BootSectorLoader: BootLoader {
     descriptor.append(UInt32(0))  // the boot sector at 0x7C00
     descriptor.append(UInt64(0))
     descriptor.append(UInt64(0))
-    if image.size >= 2 * size {
-      let disk = try placer.placeFile(
-        image, .disk, from: Platform.oneMiB, prefer: .highest)
+    if Self.diskSize(image) > 0 {
+      let disk = try placer.placeFile(image, .disk, from: Platform.oneMiB, prefer: .highest)
       descriptor.append(UInt32(disk.start.rawValue))
       descriptor.append(UInt32(disk.size / size))
     } else {
