@@ -293,10 +293,10 @@ int19:
   jmp post
 
 int18:
-  sti
   movw $AT(text_no_boot), %si
   call print
 stop:
+  cli                                 // halted for good, and a VMM can see it
   hlt
   jmp stop
 
@@ -323,7 +323,6 @@ exception:
   call putc
   movb $'\n', %al
   call putc
-  cli
   jmp stop
 
 // Prints the text at CS:SI. Changes AX, SI.
