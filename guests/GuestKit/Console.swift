@@ -26,8 +26,18 @@ enum Console {
   }
 
   static func write(_ text: StaticString) {
-    let bytes = text.utf8Start
-    for index in 0..<text.utf8CodeUnitCount { write(bytes[index]) }
+    let count = text.utf8CodeUnitCount
+    if count > 256 - gathered { flush() }
+    var left = count
+    var from = text.utf8Start
+    while left > 0 {
+      let part = min(left, 256 - gathered)
+      withUnsafeMutablePointer(to: &line) { copy_bytes(UnsafeMutableRawPointer($0) + gathered, from, part) }
+      gathered += part
+      from += part
+      left -= part
+      if gathered == 256 { flush() }
+    }
   }
 
   static func flush() {
@@ -46,10 +56,15 @@ enum Console {
     write(UInt8(truncatingIfNeeded: value % 10) + 48)
   }
 
-  static func write(hex value: UInt64, digits: Int = 1) {
-    if digits > 1 || value > 15 { write(hex: value >> 4, digits: digits - 1) }
-    let digit = UInt8(truncatingIfNeeded: value & 15)
-    write(digit < 10 ? digit + 48 : digit + 87)
+  static func write(hex value: UInt64) {
+    var shift: UInt64 = 60
+    while shift > 0 && value >> shift == 0 { shift -= 4 }
+    while true {
+      let digit = UInt8(truncatingIfNeeded: value >> shift & 15)
+      write(digit < 10 ? digit + 48 : digit + 87)
+      if shift == 0 { return }
+      shift -= 4
+    }
   }
 }
 

@@ -60,6 +60,8 @@ GUEST_INLINE uint16_t read_tr(void) { uint16_t v; __asm__ volatile("str %0" : "=
 // Fills memory with 64-bit words by one string instruction.
 GUEST_INLINE void fill64(uint64_t a, uint64_t v, uint64_t count) { __asm__ volatile("rep stosq" : "+D"(a), "+c"(count) : "a"(v) : "memory"); }
 
+GUEST_INLINE void copy_bytes(void *to, const void *from, size_t count) { __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count)::"memory"); }
+
 // What the interrupt stubs of entry.S push.
 struct interrupt_frame {
   uint64_t r15, r14, r13, r12, r11, r10, r9, r8, rbp, rdi, rsi, rdx, rcx, rbx, rax;
