@@ -1,13 +1,56 @@
+import DeviceModel
 import DeviceTesting
 import PlatformDevices
 import Testing
+
+/// A device, and the windows through which a guest reaches it.
+struct Subject {
+  /// A run of offsets that somebody answers: the device, or the host that passes accesses on to it.
+  struct Door {
+    var target: any BusDevice
+    var offset: UInt64
+    var size: UInt64
+  }
+  var device: any Device
+  var doors: [Door]
+
+  /// A device at fixed addresses.
+  init(_ device: any PlatformDevice) {
+    self.device = device
+    doors = device.windows.map { Door(target: device, offset: $0.offset, size: $0.size) }
+  }
+
+  /// A PCI function at 0000:00:03.0 with its configuration space and BARs of these sizes.
+  init(_ device: any PCIDevice, host: PCIHost, bars: [Int: UInt64]) {
+    self.device = device
+    _ = host.add(device, at: PCIAddress(device: 3))
+    doors = [Door(target: host, offset: 1 << 32 | 3 << 15, size: 256)]
+    for (bar, size) in bars.sorted(by: { $0.key < $1.key }) {
+      doors.append(Door(target: device, offset: UInt64(bar) << 60, size: size))
+    }
+  }
+}
 
 /// A device under the conformance tests.
 struct CatalogueEntry: Sendable, CustomTestStringConvertible {
   var name: String
   /// A battery or the like keeps part of the state over a reset.
-  var survivesReset = false
-  var make: @Sendable (Fixture) throws -> any PlatformDevice
+  var survivesReset: Bool = false
+  var subject: @Sendable (Fixture) throws -> Subject
+
+  init(name: String, survivesReset: Bool = false, _ make: @escaping @Sendable (Fixture) throws -> any PlatformDevice) {
+    self.name = name
+    self.survivesReset = survivesReset
+    subject = { Subject(try make($0)) }
+  }
+
+  init(pci name: String, bars: [Int: UInt64], _ make: @escaping @Sendable (Fixture, PCIHost) -> any PCIDevice) {
+    self.name = name
+    subject = { fixture in
+      let host = fixture.pciHost()
+      return Subject(make(fixture, host), host: host, bars: bars)
+    }
+  }
 
   var testDescription: String { name }
 }
@@ -32,4 +75,7 @@ let catalogue: [CatalogueEntry] = [
       memory: $0.memory, items: [FirmwareConfiguration.Key.cpus: [4, 0]],
       files: [("etc/e820", [UInt8](repeating: 7, count: 300)), ("empty", [])])
   },
+  CatalogueEntry(name: "PCI host") { $0.pciHost() },
+  CatalogueEntry(pci: "PCI host bridge", bars: [:]) { PCIHostBridge(host: $1, interrupts: $0.sink) },
+  CatalogueEntry(pci: "PCI sample", bars: SamplePCIDevice.bars) { SamplePCIDevice(host: $1, interrupts: $0.sink) },
 ]

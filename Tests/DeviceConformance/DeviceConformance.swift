@@ -17,19 +17,19 @@ private struct WildGuest {
 
   /// Accesses, and time in between; the values read.
   @discardableResult
-  mutating func disturb(_ device: any PlatformDevice, _ clock: ManualClock, accesses: Int) -> [UInt64] {
+  mutating func disturb(_ subject: Subject, _ clock: ManualClock, accesses: Int) -> [UInt64] {
     var reads: [UInt64] = []
     for _ in 0..<accesses {
-      guard let window = device.windows.randomElement(using: &random) else { return [] }
+      guard let door = subject.doors.randomElement(using: &random) else { return [] }
       // Registers crowd at the start of a large window; the last bytes are where an access can run over the end.
-      let reach = min(window.size, Bool.random(using: &random) ? 64 : window.size)
+      let reach = min(door.size, Bool.random(using: &random) ? 64 : door.size)
       var start = UInt64.random(in: 0..<reach, using: &random)
-      if UInt64.random(in: 0..<8, using: &random) == 0 { start = window.size - 1 - min(start, window.size - 1) }
+      if UInt64.random(in: 0..<8, using: &random) == 0 { start = door.size - 1 - min(start, door.size - 1) }
       let size = [1, 2, 4, 8][Int.random(in: 0..<4, using: &random)]
       switch UInt64.random(in: 0..<20, using: &random) {
       case 0: clock.advance(by: UInt64.random(in: 0..<3_000_000, using: &random))
-      case 1...10: device.write(offset: window.offset + start, size: size, value: value(size))
-      default: reads.append(device.read(offset: window.offset + start, size: size) & mask(size))
+      case 1...10: door.target.write(offset: door.offset + start, size: size, value: value(size))
+      default: reads.append(door.target.read(offset: door.offset + start, size: size) & mask(size))
       }
     }
     return reads
@@ -54,10 +54,11 @@ private struct WildGuest {
   func restoreUndoesADisturbance(_ entry: CatalogueEntry, seed: UInt64) throws {
     var guest = WildGuest(seed: seed)
     let fixture = try Fixture()
-    let device = try entry.make(fixture)
-    guest.disturb(device, fixture.clock, accesses: 500)
+    let subject = try entry.subject(fixture)
+    let device = subject.device
+    guest.disturb(subject, fixture.clock, accesses: 500)
     let saved = device.save()
-    guest.disturb(device, fixture.clock, accesses: 500)
+    guest.disturb(subject, fixture.clock, accesses: 500)
     try device.restore(saved)
     #expect(device.save() == saved, "seed \(seed)")
     #expect(saved.name == device.name)
@@ -68,17 +69,19 @@ private struct WildGuest {
   func aRestoredTwinBehavesTheSame(_ entry: CatalogueEntry, seed: UInt64) throws {
     var guest = WildGuest(seed: seed)
     let fixture = try Fixture()
-    let device = try entry.make(fixture)
-    guest.disturb(device, fixture.clock, accesses: 500)
+    let subject = try entry.subject(fixture)
+    let device = subject.device
+    guest.disturb(subject, fixture.clock, accesses: 500)
     let twinFixture = try Fixture(now: fixture.clock.now())
-    let twin = try entry.make(twinFixture)
+    let twinSubject = try entry.subject(twinFixture)
+    let twin = twinSubject.device
     try twin.restore(device.save())
     // DMA may have changed one RAM and not the other, and the devices' requests and output only come after.
     _ = fixture.machine.take()
     _ = fixture.sink.takeMessages()
     var again = guest
-    let reads = guest.disturb(device, fixture.clock, accesses: 500)
-    let twinReads = again.disturb(twin, twinFixture.clock, accesses: 500)
+    let reads = guest.disturb(subject, fixture.clock, accesses: 500)
+    let twinReads = again.disturb(twinSubject, twinFixture.clock, accesses: 500)
     #expect(reads == twinReads, "seed \(seed)")
     #expect(device.save() == twin.save(), "seed \(seed)")
     #expect(fixture.machine.take() == twinFixture.machine.take(), "seed \(seed)")
@@ -90,8 +93,9 @@ private struct WildGuest {
   func resetEqualsFresh(_ entry: CatalogueEntry, seed: UInt64) throws {
     var guest = WildGuest(seed: seed)
     let fixture = try Fixture()
-    let device = try entry.make(fixture)
-    guest.disturb(device, fixture.clock, accesses: 500)
+    let subject = try entry.subject(fixture)
+    let device = subject.device
+    guest.disturb(subject, fixture.clock, accesses: 500)
     device.reset()
     let saved = device.save()
     for gsi in UInt32(0)..<24 { #expect(!fixture.sink.isHigh(gsi), "seed \(seed)") }
@@ -99,7 +103,7 @@ private struct WildGuest {
       device.reset()
       #expect(device.save() == saved, "seed \(seed)")
     } else {
-      let fresh = try entry.make(Fixture(now: fixture.clock.now()))
+      let fresh = try entry.subject(Fixture(now: fixture.clock.now())).device
       #expect(saved == fresh.save(), "seed \(seed)")
     }
   }
@@ -108,10 +112,11 @@ private struct WildGuest {
   func aWrongNodeIsRefusedAndChangesNothing(_ entry: CatalogueEntry, seed: UInt64) throws {
     var guest = WildGuest(seed: seed)
     let fixture = try Fixture()
-    let device = try entry.make(fixture)
-    guest.disturb(device, fixture.clock, accesses: 500)
+    let subject = try entry.subject(fixture)
+    let device = subject.device
+    guest.disturb(subject, fixture.clock, accesses: 500)
     let good = device.save()
-    guest.disturb(device, fixture.clock, accesses: 500)
+    guest.disturb(subject, fixture.clock, accesses: 500)
     let present = device.save()
     var wrong = [StateNode("another", version: good.version, children: good.children)]
     wrong.append(good)
@@ -134,9 +139,10 @@ private struct WildGuest {
   func garbageIsRefusedOrHarmless(_ entry: CatalogueEntry, seed: UInt64) throws {
     var guest = WildGuest(seed: seed)
     let fixture = try Fixture()
-    let device = try entry.make(fixture)
+    let subject = try entry.subject(fixture)
+    let device = subject.device
     for _ in 0..<50 {
-      guest.disturb(device, fixture.clock, accesses: 20)
+      guest.disturb(subject, fixture.clock, accesses: 20)
       var node = device.save()
       garble(&node, &guest.random)
       let present = device.save()
@@ -145,7 +151,7 @@ private struct WildGuest {
       } catch {
         #expect(device.save() == present, "seed \(seed)")
       }
-      guest.disturb(device, fixture.clock, accesses: 100)
+      guest.disturb(subject, fixture.clock, accesses: 100)
       #expect(device.save().name == device.name)
     }
   }

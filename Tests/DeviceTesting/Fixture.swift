@@ -114,6 +114,9 @@ public struct Fixture: Sendable {
     try device.attach(ports: ports, memory: bus)
   }
 
+  /// A PCI host whose BARs move on the fixture's buses.
+  public func pciHost() -> PCIHost { PCIHost(ports: ports, memory: bus, interrupts: sink) }
+
   /// A guest's `in`.
   public func input(_ port: UInt64, size: Int = 1) -> UInt64 {
     ports.read(port, size: size) & (size == 8 ? ~0 : (1 << UInt64(size * 8)) - 1)
