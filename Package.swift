@@ -68,7 +68,7 @@ let package = Package(
       ]),
 
     // Its faces.
-    library("GDBStub", ["Host"]),
+    library("GDBStub", ["Accelerator", "Host"]),
     library(
       "Monitor",
       [
@@ -102,7 +102,7 @@ let package = Package(
         "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "KVMAccelerator", "Machine", "PlatformDevices",
         "StateTree",
       ]),
-    tests("GDBStubTests", ["GDBStub"]),
+    tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Host"]),
   ] + fuzzers
