@@ -25,14 +25,15 @@ struct BootPlan: Sendable {
     self.wake = wake
   }
 
-  /// Boots what the request names.
-  init(_ request: BootRequest) {
+  /// Boots what the request names, in a machine that has these tables.
+  init(_ request: BootRequest, _ tables: ACPITables?) {
     let isFirst = Once()
     load = { memory throws(MachineError) in
       var request = request
       request.memoryIsZero = isFirst.take()
       do throws(BootError) {
         try request.firmware?.copyAlias(into: memory)
+        try tables?.write(to: memory)
         let entry = try BootCatalogue.boot(request, into: memory)
         return Entry(general: entry.general, system: entry.system)
       } catch {
@@ -42,7 +43,7 @@ struct BootPlan: Sendable {
     wake = { memory throws(MachineError) in
       do throws(GuestMemoryError) {
         // The FACS's firmware waking vector (ACPI 6.5, table 5.15): real mode, CS:IP from the physical address.
-        let vector: UInt32 = try memory.read(facsAddress + 12)
+        let vector: UInt32 = try memory.read(GuestPhysicalAddress(ACPITables.facsAddress + 12))
         let state = VCPUState()
         var entry = Entry(general: state.general, system: state.system)
         entry.general.rip = UInt64(vector & 0xf)
@@ -60,6 +61,3 @@ struct BootPlan: Sendable {
     func take() -> Bool { !done.exchange(true, ordering: .relaxed) }
   }
 }
-
-/// The last 64 bytes of the extended BIOS data area.
-private let facsAddress = GuestPhysicalAddress(Boot.Platform.extendedBIOSData.end.rawValue - 64)

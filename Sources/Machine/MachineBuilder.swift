@@ -20,13 +20,22 @@ public struct MachineBuilder {
   /// Builds the machine. Nothing runs yet.
   public func build() throws(MachineError) -> Machine {
     try configuration.validate()
-    let map = try boot { () throws(BootError) in try MemoryMap(size: configuration.memory) }
+    let (map, tables) = try boot { () throws(BootError) in
+      let disk = try configuration.image.map { image throws(BootError) in
+        try BootCatalogue.bootDiskSize(of: image, loadAddress: configuration.loadAddress)
+      }
+      return (
+        try MemoryMap(size: configuration.memory, bootDisk: disk ?? 0),
+        try ACPITables(ACPIConfiguration(cpus: configuration.cpus), firmware: configuration.firmware)
+      )
+    }
     var request = BootRequest(image: configuration.image, memoryMap: map)
     request.commandLine = configuration.commandLine
     request.initialRAMDisk = configuration.initialRAMDisk
     request.modules = configuration.modules
     request.loadAddress = configuration.loadAddress
     request.firmware = configuration.firmware
+    request.acpiRSDP = tables?.rsdp
     // What can be refused is refused before anything is allocated.
     try boot { () throws(BootError) in try BootCatalogue.check(request) }
 
@@ -60,7 +69,7 @@ public struct MachineBuilder {
     }
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
-      boot: BootPlan(request), assist: configuration.assist, trace: configuration.trace)
+      boot: BootPlan(request, tables), assist: configuration.assist, trace: configuration.trace)
     do {
       let machine = try Machine(parts)
       link.connect(machine)
