@@ -32,8 +32,8 @@ enum PIT {
   static func periodic(divisor: UInt16) { program(0x34, divisor) }
   static func oneShot(count: UInt16) { program(0x30, count) }
 
-  /// Mode 0 with its count not yet written: silent.
-  static func stop() { outb(0x43, 0x30) }
+  /// One more tick in 55 ms, and then none: emulations go on ticking while a mode has no count.
+  static func stop() { oneShot(count: 0) }
 
   private static func program(_ command: UInt8, _ count: UInt16) {
     outb(0x43, command)

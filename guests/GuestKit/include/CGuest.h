@@ -52,8 +52,6 @@ GUEST_INLINE void sti(void) { __asm__ volatile("sti" ::: "memory"); }
 GUEST_INLINE void hlt(void) { __asm__ volatile("hlt" ::: "memory"); }
 // sti holds interrupts off until hlt has begun, so a wake-up cannot slip in between.
 GUEST_INLINE void sti_hlt_cli(void) { __asm__ volatile("sti; hlt; cli" ::: "memory"); }
-// Two instructions between, because sti holds interrupts off for the first.
-GUEST_INLINE void take_interrupts(void) { __asm__ volatile("sti; nop; nop; cli" ::: "memory"); }
 GUEST_INLINE void cpu_pause(void) { __asm__ volatile("pause" ::: "memory"); }
 GUEST_INLINE uint16_t read_tr(void) { uint16_t v; __asm__ volatile("str %0" : "=r"(v)); return v; }
 
