@@ -6,6 +6,8 @@ public enum DeviceModelError: Error, Equatable, CustomStringConvertible {
   case overlap(device: String, other: String, start: UInt64, size: UInt64)
   /// The window is empty or passes the end of the address space.
   case window(device: String, start: UInt64, size: UInt64)
+  /// Another function has the place on the PCI bus.
+  case slotTaken(device: String, address: String)
   /// No room is left for a resource of that size.
   case exhausted(resource: String, size: UInt64)
 
@@ -16,6 +18,7 @@ public enum DeviceModelError: Error, Equatable, CustomStringConvertible {
       "device \(device): window of \(size) bytes at 0x\(String(start, radix: 16)) overlaps that of \(other)"
     case .window(let device, let start, let size):
       "device \(device): a window of \(size) bytes at 0x\(String(start, radix: 16)) does not exist"
+    case .slotTaken(let device, let address): "device \(device): another function is at \(address) already"
     case .exhausted(let resource, let size): "no room left for \(size) bytes of \(resource)"
     }
   }

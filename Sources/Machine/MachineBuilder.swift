@@ -20,14 +20,15 @@ public struct MachineBuilder {
   /// Builds the machine. Nothing runs yet.
   public func build() throws(MachineError) -> Machine {
     try configuration.validate()
-    let (map, tables) = try boot { () throws(BootError) in
+    let map = try boot { () throws(BootError) in
       let disk = try configuration.image.map { image throws(BootError) in
         try BootCatalogue.bootDiskSize(of: image, loadAddress: configuration.loadAddress)
       }
-      return (
-        try MemoryMap(size: configuration.memory, bootDisk: disk ?? 0),
-        try ACPITables(ACPIConfiguration(cpus: configuration.cpus), firmware: configuration.firmware)
-      )
+      return try MemoryMap(size: configuration.memory, bootDisk: disk ?? 0)
+    }
+    let description = ACPIConfiguration(cpus: configuration.cpus, pciWindow64: Self.pciWindow64(map))
+    let tables = try boot { () throws(BootError) in
+      try ACPITables(description, firmware: configuration.firmware)
     }
     var request = BootRequest(image: configuration.image, memoryMap: map)
     request.commandLine = configuration.commandLine
@@ -77,6 +78,12 @@ public struct MachineBuilder {
     } catch {
       throw .accelerator(error)
     }
+  }
+
+  /// 32 GiB for 64-bit BARs, above all RAM.
+  private static func pciWindow64(_ map: MemoryMap) -> GuestRange? {
+    let size: UInt64 = 32 << 30
+    return GuestRange(start: GuestPhysicalAddress((map.end.rawValue + size - 1) & ~(size - 1)), size: size)
   }
 
   /// One slot a RAM region, then the ROM, which the guest may read and execute but not write.

@@ -11,6 +11,8 @@ struct MachinePlatform {
   private(set) var devices: [any Device] = []
   let power: ACPIPowerManagement
   let serial: Serial16550
+  /// Where PCI functions are added.
+  let pci: PCIHost
 
   init(
     _ configuration: MachineConfiguration, memory: GuestMemory, map: MemoryMap, clock: any DeviceClock,
@@ -19,6 +21,7 @@ struct MachinePlatform {
     func line(_ gsi: UInt32) -> InterruptLine.Source { InterruptLine(gsi: gsi, sink: interrupts).makeSource() }
     let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
     self.power = power
+    pci = PCIHost(ports: ports, memory: memoryBus, interrupts: interrupts)
     serial = Serial16550(name: "serial0", line: line(4), output: configuration.serial)
     let contents = RealTimeClock.Contents(
       lowMemory: map.lowRAM.size, highMemory: map.highRAM?.size ?? 0, cpus: configuration.cpus)
@@ -32,6 +35,8 @@ struct MachinePlatform {
     try add(ResetControl(machine: machine))
     try add(DebugExit(machine: machine))
     try add(DebugConsole(output: configuration.serial))
+    try add(pci)
+    try add(PCIHostBridge(host: pci, interrupts: interrupts), at: PCIHostBridge.address)
     try add(
       FirmwareConfiguration(
         memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))
@@ -39,6 +44,11 @@ struct MachinePlatform {
 
   private mutating func add(_ device: any PlatformDevice) throws(DeviceModelError) {
     try device.attach(ports: ports, memory: memoryBus)
+    devices.append(device)
+  }
+
+  private mutating func add(_ device: any PCIDevice, at address: PCIAddress) throws(DeviceModelError) {
+    guard pci.add(device, at: address) else { throw .slotTaken(device: device.name, address: "\(address)") }
     devices.append(device)
   }
 

@@ -1,0 +1,97 @@
+import Foundation
+import Testing
+
+/// Everything a user can get wrong: one clear line, the right status, nothing left behind.
+@Suite(.enabled(if: VMM.isBuilt, "needs the release build and scripts/build-guests"))
+struct BadInputTests {
+  /// One line on standard error that names what is wrong.
+  private func fails(
+    _ arguments: [String], status: Int32, naming text: String, location: SourceLocation = #_sourceLocation
+  ) throws {
+    let result = try VMM.run(arguments)
+    #expect(result.status == status, "\(arguments): \(result.errors)", sourceLocation: location)
+    let lines = result.errors.split(separator: "\n").filter { !$0.contains("emulates ring 0") }
+    #expect(lines.count == 1, "\(result.errors)", sourceLocation: location)
+    #expect(result.errors.contains(text), "\(result.errors)", sourceLocation: location)
+    #expect(result.output.isEmpty, sourceLocation: location)
+  }
+
+  @Test func missingFile() throws {
+    try fails(["run", "/nonexistent/kernel"], status: 66, naming: "/nonexistent/kernel")
+  }
+
+  @Test func unknownGuest() throws { try fails(["run", "helo"], status: 66, naming: "hello") }
+
+  @Test func directory() throws { try fails(["run", "/tmp/"], status: 66, naming: "/tmp/") }
+
+  @Test func emptyFile() throws {
+    let folder = try TemporaryFolder()
+    let path = try folder.file("empty", [])
+    try fails(["run", path], status: 66, naming: path)
+  }
+
+  @Test func unknownKind() throws {
+    let folder = try TemporaryFolder()
+    let path = try folder.file("text", Array("neither a kernel nor a boot sector".utf8))
+    try fails(["run", path], status: 66, naming: path)
+  }
+
+  @Test func truncatedELF() throws {
+    let folder = try TemporaryFolder()
+    let path = try folder.file("elf", [0x7f, 0x45, 0x4c, 0x46, 2, 1, 1, 0])
+    try fails(["run", path], status: 66, naming: path)
+  }
+
+  @Test(.enabled(if: getuid() != 0, "root can read everything")) func unreadable() throws {
+    let folder = try TemporaryFolder()
+    let path = try folder.file("secret", bootSector([0xf4]))
+    chmod(path, 0)
+    try fails(["run", path], status: 66, naming: path)
+  }
+
+  @Test func missingInitialRAMDisk() throws {
+    try fails(["run", "hello", "--initrd", "/nonexistent/initrd"], status: 66, naming: "/nonexistent/initrd")
+  }
+
+  @Test(.enabled(if: VMM.hasKVM, "no usable /dev/kvm")) func moreMemoryThanTheHostHas() throws {
+    try fails(["run", "hello", "--memory", "4000G", "--engine", "kvm"], status: 69, naming: "--memory")
+  }
+
+  @Test func memoryThatIsNoSize() throws {
+    try fails(["run", "hello", "--memory", "lots"], status: 64, naming: "--memory lots")
+    try fails(["run", "hello", "--memory", "99999999999G"], status: 64, naming: "99999999999G")
+  }
+
+  @Test(.enabled(if: VMM.hasKVM, "no usable /dev/kvm"), arguments: ["0", "300"])
+  func impossibleNumberOfCPUs(cpus: String) throws {
+    try fails(["run", "hello", "--cpus", cpus, "--engine", "kvm"], status: 64, naming: "\(cpus) vCPUs")
+  }
+
+  @Test func serialAndTraceThatMeanNothing() throws {
+    try fails(["run", "hello", "--serial", "carrier:pigeon"], status: 64, naming: "carrier:pigeon")
+    try fails(["run", "hello", "--trace", "dreams:/tmp/x"], status: 64, naming: "dreams")
+    try fails(["run", "hello", "--serial", "file:/nonexistent/log"], status: 74, naming: "/nonexistent/log")
+  }
+
+  @Test(.enabled(if: VMM.hasKVM, "no usable /dev/kvm")) func controlSocketInUse() throws {
+    let folder = try TemporaryFolder()
+    let path = folder.path + "/control"
+    let first = Process()
+    first.executableURL = URL(fileURLWithPath: VMM.path)
+    first.arguments = ["run", "hello", "--engine", "kvm", "--paused", "--control", "unix:\(path)", "--serial", "none"]
+    first.standardError = FileHandle.nullDevice
+    try first.run()
+    defer {
+      first.terminate()
+      first.waitUntilExit()
+    }
+    for _ in 0..<600 where access(path, F_OK) != 0 { usleep(50_000) }
+    try fails(
+      ["run", "hello", "--engine", "kvm", "--control", "unix:\(path)", "--serial", "none"], status: 74, naming: path)
+    #expect(access(path, F_OK) == 0, "the first machine's socket must stay")
+  }
+
+  @Test func softwareEngineIsNamedWhereItIsMissing() throws {
+    try fails(["run", "hello", "--engine", "soft"], status: 69, naming: "soft")
+  }
+}

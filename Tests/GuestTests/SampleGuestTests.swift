@@ -1,0 +1,92 @@
+import Foundation
+import Testing
+
+private let canRun: Bool = VMM.hasKVM && VMM.isBuilt
+private let why: Comment = "needs /dev/kvm, the release build and scripts/build-guests"
+
+/// Every sample guest, through the real executable, on KVM.
+@Suite(.enabled(if: canRun, why), .serialized)
+struct SampleGuestTests {
+  private func passes(_ guest: String, cpus: Int = 1, _ more: String...) throws {
+    let result = try VMM.run(
+      ["run", guest, "--engine", "kvm", "--cpus", "\(cpus)", "--time-limit", "120"] + more)
+    #expect(result.status == 0, "\(guest): \(result.output) \(result.errors)")
+    #expect(!result.output.contains("FAIL"))
+    #expect(!result.output.isEmpty)
+  }
+
+  @Test func helloPrintsTheMachine() throws {
+    let result = try VMM.run("run", "hello", "--engine", "kvm", "--append", "greeting=ahoy", "--time-limit", "60")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("hello from long mode"))
+    #expect(result.output.contains("greeting=ahoy"))
+  }
+
+  @Test func realmodeBootsThroughTheFirmware() throws { try passes("realmode") }
+  @Test func firmwareServicesAnswer() throws { try passes("services") }
+  @Test(arguments: [1, 2, 4]) func ticks(cpus: Int) throws { try passes("ticks", cpus: cpus) }
+  @Test(arguments: [1, 2, 4]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
+  @Test(arguments: [1, 2, 4]) func ring3(cpus: Int) throws { try passes("ring3", cpus: cpus) }
+  @Test(arguments: [("64M", 1), ("256M", 2), ("5G", 4)])
+  func memory(size: String, cpus: Int) throws { try passes("memory", cpus: cpus, "--memory", size) }
+  @Test func exits() throws { try passes("exits", cpus: 1, "--append", "count=200") }
+
+  @Test func twoHundredStartsWithoutOneFailure() throws {
+    for round in 0..<200 {
+      let result = try VMM.run("run", "hello", "--engine", "kvm", "--memory", "64M", "--time-limit", "60")
+      #expect(result.status == 0, "round \(round): \(result.output) \(result.errors)")
+      if result.status != 0 { break }
+    }
+  }
+
+  @Test func theReportTellsOfTheRun() throws {
+    let folder = try TemporaryFolder()
+    let path = folder.path + "/report.json"
+    let result = try VMM.run(
+      "run", "hello", "--engine", "kvm", "--cpus", "2", "--report", path, "--trace", "exits:\(folder.path)/trace",
+      "--time-limit", "60")
+    #expect(result.status == 0)
+    let data = try Data(contentsOf: URL(fileURLWithPath: path))
+    let report = try #require(try JSONSerialization.jsonObject(with: data) as? [String: Any])
+    #expect(report["outcome"] as? String == "powered-off")
+    #expect(report["cpus"] as? Int == 2)
+    let exits = try #require(report["exits"] as? [String: Int])
+    #expect((exits["port-out"] ?? 0) > 10)
+    let trace = try String(contentsOfFile: folder.path + "/trace", encoding: .utf8)
+    let lines = trace.split(separator: "\n")
+    #expect(lines.count == exits.values.reduce(0, +))
+    for line in lines.prefix(100) { _ = try JSONSerialization.jsonObject(with: Data(line.utf8)) }
+  }
+
+  @Test func aTimeLimitEndsAGuestThatDoesNot() throws {
+    let folder = try TemporaryFolder()
+    let loop = try folder.file("loop.img", bootSector([0xeb, 0xfe]))
+    let result = try VMM.run("run", loop, "--engine", "kvm", "--time-limit", "0.3")
+    #expect(result.status == 124)
+    #expect(result.errors.contains("time limit"))
+  }
+
+  @Test func theDebugExitPortChoosesTheStatus() throws {
+    let folder = try TemporaryFolder()
+    // mov al, 0x21; out 0xf4, al
+    let image = try folder.file("exit.img", bootSector([0xb0, 0x21, 0xe6, 0xf4, 0xeb, 0xfe]))
+    #expect(try VMM.run("run", image, "--engine", "kvm", "--time-limit", "60").status == 0x43)
+  }
+
+  @Test func aTripleFaultEndsWithACrashReport() throws {
+    let folder = try TemporaryFolder()
+    // lidt of an empty table; ud2
+    let image = try folder.file(
+      "crash.img", bootSector([0x0f, 0x01, 0x1e, 0x10, 0x7c, 0x0f, 0x0b] + [UInt8](repeating: 0, count: 16)))
+    let result = try VMM.run("run", image, "--engine", "kvm", "--time-limit", "60")
+    #expect(result.status == 134)
+    #expect(result.errors.contains("triple fault on vCPU 0"))
+    #expect(result.errors.contains("RAX"))
+    #expect(result.errors.contains("ud2"))
+  }
+}
+
+/// A boot sector of `code`.
+func bootSector(_ code: [UInt8]) -> [UInt8] {
+  code + [UInt8](repeating: 0, count: 510 - code.count) + [0x55, 0xaa]
+}

@@ -1,0 +1,81 @@
+import Foundation
+
+/// The real executable, run to its end.
+struct VMM {
+  let status: Int32
+  let output: String
+  let errors: String
+
+  /// The executable under test: `$SWIFTVMM`, or the checkout's release build.
+  static let path = ProcessInfo.processInfo.environment["SWIFTVMM"] ?? checkout + "/.build/release/swiftvmm"
+  static let checkout = String(#filePath.dropLast("/Tests/GuestTests/VMM.swift".count))
+  static let hasKVM = access("/dev/kvm", R_OK | W_OK) == 0
+  static let isBuilt = access(path, X_OK) == 0 && access(checkout + "/build/guests/index.txt", R_OK) == 0
+
+  /// Runs it with no input; `--time-limit` of the guest is the only limit, so that no test hangs.
+  static func run(_ arguments: String..., input: String? = nil) throws -> VMM {
+    try run(arguments, input: input)
+  }
+
+  static func run(_ arguments: [String], input: String? = nil) throws -> VMM {
+    let process = Process()
+    process.executableURL = URL(fileURLWithPath: path)
+    process.arguments = arguments
+    let output = Pipe()
+    let errors = Pipe()
+    process.standardOutput = output
+    process.standardError = errors
+    if let input {
+      let pipe = Pipe()
+      process.standardInput = pipe
+      pipe.fileHandleForWriting.write(Data(input.utf8))
+      try pipe.fileHandleForWriting.close()
+    } else {
+      process.standardInput = FileHandle.nullDevice
+    }
+    try process.run()
+    let collected = Collector(errors.fileHandleForReading)
+    let out = output.fileHandleForReading.readDataToEndOfFile()
+    process.waitUntilExit()
+    return VMM(
+      status: process.terminationReason == .exit ? process.terminationStatus : 128 + process.terminationStatus,
+      output: String(decoding: out, as: UTF8.self), errors: String(decoding: collected.wait(), as: UTF8.self))
+  }
+
+  /// Reads one pipe while the caller reads the other.
+  private final class Collector: @unchecked Sendable {
+    private var data = Data()
+    private let done = DispatchSemaphore(value: 0)
+
+    init(_ handle: FileHandle) {
+      Thread.detachNewThread { [self] in
+        data = handle.readDataToEndOfFile()
+        done.signal()
+      }
+    }
+
+    func wait() -> Data {
+      done.wait()
+      return data
+    }
+  }
+}
+
+/// A folder that goes away with its owner.
+final class TemporaryFolder {
+  let path: String
+
+  init() throws {
+    path = NSTemporaryDirectory() + "swiftvmm-test-\(UUID().uuidString)"
+    try FileManager.default.createDirectory(atPath: path, withIntermediateDirectories: true)
+  }
+
+  deinit { try? FileManager.default.removeItem(atPath: path) }
+
+  /// Writes a file and returns its path.
+  func file(_ name: String, _ bytes: [UInt8]) throws -> String {
+    let file = path + "/" + name
+    try Data(bytes).write(to: URL(fileURLWithPath: file))
+    return file
+  }
+}
