@@ -86,7 +86,7 @@ private func vectors() {
   let squares = (rounds - 1) * rounds * (2 * rounds - 1) / 6
   expect("sse", User.run(user_sse_address(), rounds).value, equals: squares + rounds / 2)
   say("sse: ok")
-  // Off unless asked for: turning AVX on takes xsetbv in ring 0, which some machines cannot execute.
+  // Only when asked for, because the console of all machines is to be the same.
   guard StartInfo.flag("avx") else { return }
   let features = cpuid(1, 0).ecx
   guard features & 1 << 26 != 0, features & 1 << 28 != 0, cpuid(7, 0).ebx & 1 << 5 != 0 else {
