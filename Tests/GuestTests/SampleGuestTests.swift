@@ -29,6 +29,14 @@ struct SampleGuestTests {
   @Test(arguments: [1, 2, 4]) func ring3(cpus: Int) throws { try passes("ring3", cpus: cpus) }
   @Test(arguments: [("64M", 1), ("256M", 2), ("5G", 4)])
   func memory(size: String, cpus: Int) throws { try passes("memory", cpus: cpus, "--memory", size) }
+  @Test func pci() throws { try passes("pci") }
+
+  @Test func aCheckThatFailsEndsWithStatusThree() throws {
+    let result = try VMM.run("run", "exits", "--engine", "kvm", "--append", "count=0", "--time-limit", "60")
+    #expect(result.status == 3)
+    #expect(result.output.contains("FAIL count expected 1...100000 got 0"))
+  }
+
   @Test func exits() throws { try passes("exits", cpus: 1, "--append", "count=200") }
 
   @Test func twoHundredStartsWithoutOneFailure() throws {
