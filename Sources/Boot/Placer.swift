@@ -64,16 +64,18 @@ struct Placer {
     throw .noRoom(path: path, part: part, size: size)
   }
 
-  /// Places a table: below 640 KiB where there is room, as high as possible, because kernels begin at the low end of
-  /// it (start-up code of other processors, say) and at 1 MiB; else below 4 GiB.
+  /// Places a table at the end of the first 512 KiB where there is room, else anywhere below 4 GiB.
+  ///
+  /// Kernels use the low end of memory early (start-up code of other processors), and what begins at 1 MiB; Linux's
+  /// decompressor clears the last pages below the BIOS area while it still runs on the loader's page tables.
   mutating func place(
     _ part: BootPart, size: UInt64, alignment: UInt64 = 16
   ) throws(BootError) -> GuestRange {
     do {
-      return try reserve(part, size: size, alignment: alignment, from: 0x1000, below: Platform.oneMiB, prefer: .highest)
+      return try reserve(part, size: size, alignment: alignment, from: 0x1000, below: 0x8_0000, prefer: .highest)
     } catch {
       return try reserve(
-        part, size: size, alignment: alignment, from: Platform.oneMiB, below: Platform.fourGiB, prefer: .highest)
+        part, size: size, alignment: alignment, from: 0x8_0000, below: Platform.fourGiB, prefer: .highest)
     }
   }
 
