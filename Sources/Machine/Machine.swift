@@ -26,6 +26,9 @@ public final class Machine: MachineControl {
   /// Every device, in the order in which they were attached.
   public var devices: [any Device] { platform.devices }
 
+  /// Whether a crash stops the machine, so that a debugger can look at it, instead of ending the run.
+  public let stopsAtCrash = Atomic(false)
+
   private let clock: MachineClock
   private let platform: MachinePlatform
   private let ports: AddressBus
@@ -150,11 +153,11 @@ public final class Machine: MachineControl {
     if stopped { emit(.stopped) }
   }
 
-  /// Lets guest time and the vCPUs go on.
-  public func resume() {
+  /// Lets guest time and the vCPUs go on, but for the vCPUs in `held`, which stay where they are until the next resume.
+  public func resume(holding held: Set<Int> = []) {
     let resumed = operations.withLock { operations in
       guard operations.state == .paused || operations.state == .prelaunch else { return false }
-      go(&operations)
+      go(&operations, holding: held)
       return true
     }
     if resumed { emit(.resumed) }
@@ -240,13 +243,13 @@ public final class Machine: MachineControl {
     operations.pausedClock = try? virtualMachine.readClock()
   }
 
-  private func go(_ operations: inout Operations) {
+  private func go(_ operations: inout Operations, holding held: Set<Int> = []) {
     // The accelerator's paravirtual clock must not show the pause either.
     if let pausedClock = operations.pausedClock { try? virtualMachine.writeClock(pausedClock) }
     operations.pausedClock = nil
     operations.state = .running
     clock.start()
-    gate.open()
+    gate.open(holding: held)
   }
 
   private func resetParts() throws(MachineError) {
@@ -305,7 +308,7 @@ public final class Machine: MachineControl {
       while true {
         if gate.isClosed {
           try vcpu.completeExit()
-          if !gate.park() { return }
+          if !gate.park(index) { return }
           continue
         }
         let exit = try vcpu.run()
@@ -316,7 +319,7 @@ public final class Machine: MachineControl {
     } catch {
       finish(.failed(error))
       // Stay reachable for a pause that waits for every vCPU.
-      while gate.park() {}
+      while gate.park(index) {}
     }
   }
 
@@ -334,12 +337,7 @@ public final class Machine: MachineControl {
     case .interrupted, .interruptWindow: break
     case .emulationFailure(let bytes):
       if try assist?.execute(vcpu, bytes: bytes) != true { crash(vcpu, .emulationFailure(bytes)) }
-    case .debug(let event):
-      gate.close()
-      loop.execute { [self] in
-        pause()
-        emit(.debug(vcpu: vcpu.index, event))
-      }
+    case .debug(let event): stop(.debug(vcpu: vcpu.index, event))
     case .systemEvent(.shutdown): request(.powerOff)
     case .systemEvent(.reset): request(.reset)
     case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
@@ -373,7 +371,21 @@ public final class Machine: MachineControl {
 
   private func crash(_ vcpu: any VirtualCPU, _ reason: CrashReport.Reason) {
     gate.close()
-    finish(.crashed(CrashReport(reason: reason, vcpu: vcpu, memory: memory)))
+    let report = CrashReport(reason: reason, vcpu: vcpu, memory: memory)
+    if stopsAtCrash.load(ordering: .relaxed) { stop(.crashed(report)) } else { finish(.crashed(report)) }
+  }
+
+  /// Called by a vCPU thread that must not go on: stops the machine and tells why.
+  private func stop(_ event: MachineEvent) {
+    gate.close()
+    loop.execute { [self] in
+      operations.withLock { operations in
+        guard operations.state == .running else { return }
+        quiesce(&operations)
+        operations.state = .paused
+      }
+      emit(event)
+    }
   }
 
   // MARK: Saved state

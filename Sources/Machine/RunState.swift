@@ -53,6 +53,8 @@ public enum MachineEvent: Sendable {
   case panicked
   /// The run is over; `reason` is QEMU's (`guest-shutdown`, `host-qmp-quit`, ...).
   case shutdown(byGuest: Bool, reason: String)
+  /// The guest crashed, and the machine stopped for the debugger instead of ending.
+  case crashed(CrashReport)
   /// A debugger's breakpoint or step stopped a vCPU; all others are stopped too.
   case debug(vcpu: Int, DebugEvent)
 }

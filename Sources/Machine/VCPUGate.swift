@@ -9,6 +9,8 @@ final class VCPUGate: Sendable {
 
   private struct State {
     var wish = Wish.park
+    /// vCPUs that stay parked while the others run: a debugger steps one and leaves the rest where they are.
+    var held: Set<Int> = []
     var parked = 0
     var ended = 0
   }
@@ -36,11 +38,12 @@ final class VCPUGate: Sendable {
     state.wait { $0.parked + $0.ended == threads ? () : nil }
   }
 
-  /// Lets the vCPU threads run.
-  func open() {
+  /// Lets the vCPU threads run, but for those in `held`.
+  func open(holding held: Set<Int> = []) {
     state.withLock { state in
       guard state.wish != .end else { return }
       state.wish = .run
+      state.held = held
       closed.store(false, ordering: .releasing)
     }
   }
@@ -52,11 +55,12 @@ final class VCPUGate: Sendable {
   }
 
   /// Called by a vCPU thread that found the gate closed: sleeps until it opens; false when the thread is to end.
-  func park() -> Bool {
+  func park(_ vcpu: Int) -> Bool {
     state.withLock { $0.parked += 1 }
     return state.wait { state in
       switch state.wish {
       case .park: return nil
+      case .run where state.held.contains(vcpu): return nil
       case .run:
         state.parked -= 1
         return true

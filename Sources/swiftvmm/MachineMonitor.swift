@@ -37,7 +37,7 @@ final class MachineMonitor: MonitorTarget {
       case .shutdown(_, let reason): server.emit(.shutdown(QMPEvent.Cause(rawValue: reason) ?? .hostError))
       case .suspended: server.emit(.suspend)
       case .wokeUp: server.emit(.wakeUp)
-      case .debug: server.emit(.stop)
+      case .debug, .crashed: server.emit(.stop)
       }
     }
     return server

@@ -1,6 +1,7 @@
 import Accelerator
 import Boot
 import CLinux
+import GDBStub
 import Glibc
 import Host
 import JSON
@@ -12,7 +13,7 @@ import PlatformDevices
 struct RunSession {
   private let options: RunCommand
   private let machine: Machine
-  private let engine: String
+  private let accelerator: any Accelerator
   private let console: Console
   private let trace: ExitTrace?
 
@@ -47,8 +48,7 @@ struct RunSession {
     configuration.firmware = try Self.boot { () throws(BootError) in
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
-    let accelerator = try options.engine.open()
-    engine = accelerator.name
+    accelerator = try options.engine.open()
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
   }
 
@@ -58,9 +58,13 @@ struct RunSession {
     let signals = try Signals(machine)
     defer { withExtendedLifetime(signals) {} }
     let monitor = try options.control.map { text throws(Failure) in
-      try MachineMonitor.serve(machine, engine: engine, on: text)
+      try MachineMonitor.serve(machine, engine: accelerator.name, on: text)
     }
     defer { monitor?.close() }
+    let debugger = try options.gdb.map { text throws(Failure) in
+      try MachineDebugger.serve(machine, on: accelerator, at: text)
+    }
+    defer { debugger?.close() }
     try console.attach(machine)
     let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
@@ -70,7 +74,7 @@ struct RunSession {
     console.close()
     trace?.flush()
     if let path = options.report {
-      try write(RunReport(machine, engine: engine, outcome: outcome, started: started).json, to: path)
+      try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
     return outcome.status

@@ -1,0 +1,223 @@
+import Accelerator
+import GDBStub
+import GuestMemory
+import Host
+import Machine
+import Synchronization
+
+/// A machine as gdb sees it: vCPUs are threads, addresses are linear addresses of the vCPU in question.
+///
+/// Breakpoints of every kind are the processor's own, set on behalf of the host: the guest's memory and debug registers do
+/// not show them, and a guest without a #BP handler never meets one.
+final class MachineDebugger: DebugTarget {
+  /// The processor's breakpoint registers.
+  private static let breakpointLimit = 4
+  private static let kernelGSBase: UInt32 = 0xc000_0102
+
+  private let machine: Machine
+  private let capabilities: AcceleratorCapabilities
+  let hasAVX: Bool
+  private let state = Mutex(State())
+
+  private struct State {
+    var breakpoints: [DebugBreakpoint] = []
+    var observer: (@Sendable (DebugStop) -> Void)?
+    /// Our own stops are no news to the debugger.
+    var isStopping = false
+  }
+
+  init(_ machine: Machine, on accelerator: any Accelerator) throws(AcceleratorError) {
+    self.machine = machine
+    capabilities = accelerator.capabilities
+    hasAVX = try accelerator.supportedCPUID().contains { $0.function == 1 && $0.ecx & 1 << 28 != 0 }
+  }
+
+  /// Serves the machine on `--gdb`.
+  static func serve(_ machine: Machine, on accelerator: any Accelerator, at text: String) throws(Failure) -> GDBServer {
+    guard accelerator.capabilities.contains(.guestDebug) else {
+      throw .accelerator(.unsupported(engine: accelerator.name, what: "guest debugging (KVM_CAP_SET_GUEST_DEBUG)"))
+    }
+    do {
+      machine.stopsAtCrash.store(true, ordering: .relaxed)
+      return try GDBServer(StreamListener(StreamEndpoint(text)), target: MachineDebugger(machine, on: accelerator))
+    } catch let error as HostError {
+      throw .host(error)
+    } catch let error as AcceleratorError {
+      throw .accelerator(error)
+    } catch {
+      throw .control("\(error)")
+    }
+  }
+
+  // MARK: Running
+
+  var threadCount: Int { machine.vcpus.count }
+
+  func summary(of thread: Int) -> String {
+    guard let registers = try? machine.vcpus[thread].readRegisters() else { return "vCPU \(thread)" }
+    return "vCPU \(thread) at 0x\(String(registers.rip, radix: 16))"
+  }
+
+  func observeStops(_ handler: @escaping @Sendable (DebugStop) -> Void) {
+    state.withLock { $0.observer = handler }
+    machine.addListener { [weak self] event in self?.note(event) }
+  }
+
+  private func note(_ event: MachineEvent) {
+    let stop: DebugStop? =
+      switch event {
+      case .debug(let vcpu, let event): Self.stop(vcpu, event, state.withLock { $0.breakpoints })
+      case .crashed(let report): .crash(thread: report.vcpu)
+      case .stopped: state.withLock { $0.isStopping } ? nil : .paused
+      case .panicked: .exited(status: UInt8(ExitStatus.crashed.rawValue))
+      case .shutdown: .exited(status: 0)
+      default: nil
+      }
+    if case .crashed(let report) = event { for line in report.lines { printError("swiftvmm: \(line)") } }
+    if let stop { state.withLock { $0.observer }?(stop) }
+  }
+
+  /// DR6 (SDM vol. 3, 18.2.3): bits 0-3 name the breakpoint register, bit 14 a single step.
+  private static func stop(_ vcpu: Int, _ event: DebugEvent, _ breakpoints: [DebugBreakpoint]) -> DebugStop {
+    for (slot, breakpoint) in breakpoints.enumerated() where event.status >> UInt64(slot) & 1 != 0 {
+      switch breakpoint.kind {
+      case .software, .hardware: return .breakpoint(thread: vcpu)
+      default: return .watchpoint(thread: vcpu, address: breakpoint.address)
+      }
+    }
+    return event.status & 1 << 14 != 0 ? .step(thread: vcpu) : .breakpoint(thread: vcpu)
+  }
+
+  func stopAll() {
+    state.withLock { $0.isStopping = true }
+    machine.pause()
+    state.withLock { $0.isStopping = false }
+  }
+
+  func resume(_ actions: [ResumeAction]) {
+    var held: Set<Int> = []
+    for (vcpu, action) in zip(machine.vcpus, actions) {
+      if action == .stay { held.insert(vcpu.index) }
+      try? vcpu.setDebug(control(stepping: action == .step))
+    }
+    machine.resume(holding: held)
+  }
+
+  func quit() {
+    machine.finish(.quit)
+  }
+
+  // MARK: Breakpoints
+
+  func setBreakpoints(_ breakpoints: [DebugBreakpoint]) throws(DebugError) {
+    guard breakpoints.count <= Self.breakpointLimit else { throw .noRoom(limit: Self.breakpointLimit) }
+    for breakpoint in breakpoints {
+      switch breakpoint.kind {
+      case .software, .hardware: break
+      case .write, .access:
+        guard capabilities.contains(.watchpoints), [1, 2, 4, 8].contains(breakpoint.length) else { throw .unsupported }
+      // The processor has no breakpoint on reads alone.
+      case .read: throw .unsupported
+      }
+    }
+    let old = state.withLock { state in
+      defer { state.breakpoints = breakpoints }
+      return state.breakpoints
+    }
+    do {
+      for vcpu in machine.vcpus { try vcpu.setDebug(control(stepping: false)) }
+    } catch {
+      state.withLock { $0.breakpoints = old }
+      throw .accelerator("\(error)")
+    }
+  }
+
+  private func control(stepping: Bool) -> DebugControl {
+    var control = DebugControl()
+    control.singleStep = stepping
+    control.breakpoints = state.withLock { $0.breakpoints }.map { breakpoint in
+      switch breakpoint.kind {
+      case .software, .hardware: DebugControl.Breakpoint(address: breakpoint.address, kind: .execute, length: 1)
+      case .write:
+        DebugControl.Breakpoint(address: breakpoint.address, kind: .write, length: UInt8(breakpoint.length))
+      default:
+        DebugControl.Breakpoint(address: breakpoint.address, kind: .access, length: UInt8(breakpoint.length))
+      }
+    }
+    return control
+  }
+
+  // MARK: Registers and memory
+
+  func readRegisters(of thread: Int) throws(DebugError) -> DebuggerRegisters {
+    let state = try readState(thread)
+    let kernelGSBase = state.modelSpecific.first { $0.index == Self.kernelGSBase }?.value ?? 0
+    return DebuggerRegisters(
+      general: state.general, system: state.system, kernelGSBase: kernelGSBase, extended: state.extended)
+  }
+
+  func writeRegisters(_ registers: DebuggerRegisters, of thread: Int) throws(DebugError) {
+    var state = try readState(thread)
+    state.general = registers.general
+    state.system = registers.system
+    state.extended = registers.extended
+    if let index = state.modelSpecific.firstIndex(where: { $0.index == Self.kernelGSBase }) {
+      state.modelSpecific[index].value = registers.kernelGSBase
+    }
+    do { try machine.vcpus[thread].writeState(state) } catch { throw .accelerator("\(error)") }
+  }
+
+  private func readState(_ thread: Int) throws(DebugError) -> VCPUState {
+    do { return try machine.vcpus[thread].readState() } catch { throw .accelerator("\(error)") }
+  }
+
+  func readMemory(at address: UInt64, count: Int, of thread: Int) -> [UInt8] {
+    var bytes: [UInt8] = []
+    forEachPage(address, count: count, of: thread) { physical, run in
+      guard let more = try? machine.memory.bytes(physical, count: run) else { return false }
+      bytes += more
+      return true
+    }
+    return bytes
+  }
+
+  func writeMemory(_ bytes: [UInt8], at address: UInt64, of thread: Int) -> Int {
+    var written = 0
+    forEachPage(address, count: bytes.count, of: thread) { physical, run in
+      guard (try? machine.memory.write(Array(bytes[written..<written + run]), to: physical)) != nil else { return false }
+      written += run
+      return true
+    }
+    return written
+  }
+
+  /// Calls `body` with the guest-physical address and length of each run in one page, until it says no or nothing is mapped.
+  private func forEachPage(
+    _ address: UInt64, count: Int, of thread: Int, _ body: (GuestPhysicalAddress, Int) -> Bool
+  ) {
+    var done = 0
+    while done < count {
+      let linear = address &+ UInt64(done)
+      let run = min(count - done, Int(0x1000 - linear & 0xfff))
+      guard let physical = (try? machine.vcpus[thread].translate(linear)) ?? nil, body(physical, run) else { return }
+      done += run
+    }
+  }
+
+  // MARK: Monitor commands
+
+  var monitorCommands: [DebugMonitorCommand] {
+    [
+      DebugMonitorCommand(name: "exits", help: "count of exits by reason") { [machine] _ in
+        ExitCounters.Reason.allCases.compactMap { reason in
+          let count = machine.counters.reduce(0) { $0 + $1[reason] }
+          return count == 0 ? nil : "\(reason.name) \(count)\n"
+        }.joined()
+      },
+      DebugMonitorCommand(name: "reset", help: "reset the machine") { [machine] _ in
+        machine.reset(byGuest: false)
+        return "reset\n"
+      },
+    ]
+  }
+}
