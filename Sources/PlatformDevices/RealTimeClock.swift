@@ -38,6 +38,7 @@ public final class RealTimeClock: PlatformDevice {
   private let clock: any DeviceClock
   private let onAlarm: @Sendable () -> Void
   private let state: Mutex<State>
+  private let isConnected = Atomic(true)
 
   private struct State {
     var registers: Registers
@@ -322,7 +323,15 @@ public final class RealTimeClock: PlatformDevice {
   private func raise(_ registers: inout Registers) {
     guard registers[Register.c] & registers[Register.b] & B.interrupts != 0 else { return }
     registers[Register.c] |= Self.interruptRequest
-    line.set(true)
+    line.set(isConnected.load(ordering: .relaxed))
+  }
+
+  /// Takes the clock off its interrupt line or puts it back: what an HPET in legacy replacement mode does.
+  public func setConnected(_ isConnected: Bool) {
+    state.withLock { state in
+      self.isConnected.store(isConnected, ordering: .relaxed)
+      line.set(isConnected && state.registers[Register.c] & Self.interruptRequest != 0)
+    }
   }
 
   /// Arms the timer for the next event that an enabled interrupt waits for and that has not happened yet.
@@ -385,7 +394,7 @@ public final class RealTimeClock: PlatformDevice {
     let now = clock.now()
     state.withLock { state in
       state.registers = restored
-      line.set(restored[Register.c] & Self.interruptRequest != 0)
+      line.set(isConnected.load(ordering: .relaxed) && restored[Register.c] & Self.interruptRequest != 0)
       schedule(state, now)
     }
   }

@@ -75,6 +75,13 @@ let catalogue: [CatalogueEntry] = [
       memory: $0.memory, items: [FirmwareConfiguration.Key.cpus: [4, 0]],
       files: [("etc/e820", [UInt8](repeating: 7, count: 300)), ("empty", [])])
   },
+  CatalogueEntry(name: "PIC") { _ in PIC(pin: RecordingPin()) },
+  CatalogueEntry(name: "IOAPIC") { _ in IOAPIC(output: RecordingLocalAPICs()) },
+  CatalogueEntry(name: "PIT") { PIT(line: $0.line(0), clock: $0.clock) },
+  CatalogueEntry(name: "HPET") { $0.hpet() },
+  CatalogueEntry(name: "test device") { fixture in
+    TestDevice(lines: TestDevice.interrupts.map { fixture.line($0) })
+  },
   CatalogueEntry(name: "PCI host") { $0.pciHost() },
   CatalogueEntry(pci: "PCI host bridge", bars: [:]) { PCIHostBridge(host: $1, interrupts: $0.sink) },
   CatalogueEntry(pci: "PCI sample", bars: SamplePCIDevice.bars) { SamplePCIDevice(host: $1, interrupts: $0.sink) },

@@ -69,6 +69,41 @@ public final class RecordingSink: InterruptSink {
   }
 }
 
+/// Remembers the INTR pin's level.
+public final class RecordingPin: InterruptRequestPin {
+  private let level = Atomic(false)
+  /// Down.
+  public init() {}
+  /// Notes the level.
+  public func setInterruptRequest(_ level: Bool) { self.level.store(level, ordering: .relaxed) }
+  /// Whether the pin is up.
+  public var isHigh: Bool { level.load(ordering: .relaxed) }
+}
+
+/// Remembers an IOAPIC's messages and the routes of its pins.
+public final class RecordingLocalAPICs: IOAPICOutput {
+  private struct State {
+    var messages: [InterruptMessage] = []
+    var routes: [Int: InterruptMessage] = [:]
+  }
+  private let state = Mutex(State())
+  /// No message, no route.
+  public init() {}
+  /// Notes the message.
+  public func deliver(_ message: InterruptMessage) { state.withLock { $0.messages.append(message) } }
+  /// Notes the route.
+  public func routeDidChange(pin: Int, to message: InterruptMessage?) { state.withLock { $0.routes[pin] = message } }
+  /// The messages since the last call.
+  public func take() -> [InterruptMessage] {
+    state.withLock { state in
+      defer { state.messages = [] }
+      return state.messages
+    }
+  }
+  /// Where a pin's interrupts go; nil while it is masked.
+  public func route(_ pin: Int) -> InterruptMessage? { state.withLock { $0.routes[pin] } }
+}
+
 /// Keeps what a guest prints.
 public final class RecordingOutput: SerialOutput {
   private let state = Mutex<[UInt8]>([])
@@ -112,6 +147,13 @@ public struct Fixture: Sendable {
   /// Places the device on the buses.
   public func attach(_ device: any PlatformDevice) throws(DeviceModelError) {
     try device.attach(ports: ports, memory: bus)
+  }
+
+  /// A timer with lines of its own, and nobody to take off theirs.
+  public func hpet() -> HPET {
+    HPET(
+      lines: HPET.routes.map { line($0) }, timerLine: line(0), clockLine: line(8), clock: clock, interrupts: sink,
+      onLegacyReplacement: { _ in })
   }
 
   /// A PCI host whose BARs move on the fixture's buses.

@@ -78,4 +78,16 @@ import Testing
     #expect(!fixture.sink.isHigh(1))
     #expect(fixture.input(0x64) & 0x41 == 0)
   }
+
+  @Test func testDevice() throws {
+    try fixture.attach(TestDevice(lines: TestDevice.interrupts.map { fixture.line($0) }))
+    fixture.output(0xe0, 0x1234_5678, size: 4)
+    #expect(fixture.input(0xe0, size: 4) == 0x1234_5678 && fixture.input(0xe1) == 0x56)
+    fixture.output(0x200e, 1)
+    #expect(fixture.sink.isHigh(14))
+    fixture.output(0x200e, 0)
+    #expect(!fixture.sink.isHigh(14))
+    fixture.bus.write(0xff00_fffc, size: 4, value: 0x99aa_bbcc)
+    #expect(fixture.bus.read(0xff00_fffe, size: 2) & 0xffff == 0x99aa)
+  }
 }
