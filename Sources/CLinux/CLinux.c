@@ -29,7 +29,11 @@ int clinux_accept(int listener) { return accept4(listener, 0, 0, SOCK_CLOEXEC); 
 
 void clinux_name_thread(const char *name) { pthread_setname_np(pthread_self(), name); }
 
-int clinux_gettid(void) { return (int)syscall(SYS_gettid); }
+int clinux_gettid(void) {
+  static _Thread_local int id;
+  if (!id) id = (int)syscall(SYS_gettid);
+  return id;
+}
 
 int clinux_tgkill(int process, int thread, int signal) { return (int)syscall(SYS_tgkill, process, thread, signal); }
 

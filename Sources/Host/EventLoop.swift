@@ -29,8 +29,16 @@ public final class EventLoop: Sendable {
     var tokens: [Int32: UInt64] = [:]
     var nextToken: UInt64 = 1
     var work: [@Sendable () -> Void] = []
-    var timers: [(deadline: UInt64, timer: Timer)] = []
+    var timers: [ArmedTimer] = []
+    var nextArming: UInt64 = 0
     var stopped = false
+  }
+
+  private struct ArmedTimer {
+    var deadline: UInt64
+    /// Rises with every arming: the order of equal deadlines, and what tells a timer that was armed by the present batch.
+    var arming: UInt64
+    var timer: Timer
   }
 
   private static let wakeToken: UInt64 = 0
@@ -45,9 +53,10 @@ public final class EventLoop: Sendable {
     try control(EPOLL_CTL_ADD, wake.descriptor.rawValue, .readable, token: Self.wakeToken)
   }
 
-  /// Watches a descriptor, which the caller keeps open until `remove`.
+  /// Watches a descriptor, which the caller keeps open until `remove`; EEXIST for one that is watched already.
   public func add(_ descriptor: Int32, _ interest: Interest, _ handler: @escaping Handler) throws(HostError) {
-    let token = state.withLock { state in
+    let token = try state.withLock { state throws(HostError) in
+      guard state.tokens[descriptor] == nil else { throw .systemCall("epoll_ctl", errno: EEXIST) }
       let token = state.nextToken
       state.nextToken += 1
       state.handlers[token] = (descriptor, handler)
@@ -139,14 +148,20 @@ public final class EventLoop: Sendable {
     for item in work { item() }
   }
 
+  /// Fires what is due, by deadline. One at a time, so that a timer may cancel another that is due as well; those armed
+  /// meanwhile wait for the next round, so that one that always re-arms itself starves nobody.
   private func runTimers() {
     let now = monotonicNanoseconds()
-    let due = state.withLock { state in
-      let due = state.timers.filter { $0.deadline <= now }
-      if !due.isEmpty { state.timers.removeAll { $0.deadline <= now } }
-      return due
+    let firstNew = state.withLock { $0.nextArming }
+    while let timer = state.withLock({ Self.takeDue(&$0, now: now, before: firstNew) }) { timer.fire() }
+  }
+
+  private static func takeDue(_ state: inout State, now: UInt64, before firstNew: UInt64) -> Timer? {
+    let due = state.timers.indices.filter { state.timers[$0].deadline <= now && state.timers[$0].arming < firstNew }
+    let first = due.min { a, b in
+      (state.timers[a].deadline, state.timers[a].arming) < (state.timers[b].deadline, state.timers[b].arming)
     }
-    for (_, timer) in due { timer.fire() }
+    return first.map { state.timers.remove(at: $0).timer }
   }
 
   /// Nanoseconds until the earliest timer, 0 when it is due, -1 without one.
@@ -159,7 +174,8 @@ public final class EventLoop: Sendable {
   fileprivate func arm(_ timer: Timer, at deadline: UInt64) {
     state.withLock { state in
       state.timers.removeAll { $0.timer === timer }
-      state.timers.append((deadline, timer))
+      state.timers.append(ArmedTimer(deadline: deadline, arming: state.nextArming, timer: timer))
+      state.nextArming += 1
     }
     wake.signal()
   }

@@ -27,6 +27,11 @@ public final class HostThread: @unchecked Sendable {
     self.handle = handle
   }
 
+  /// A thread that nobody waited for goes on, and its stack goes when it ends.
+  deinit {
+    if !joined.withLock({ $0 }) { pthread_detach(handle) }
+  }
+
   /// Waits until the body has returned. Further calls return at once.
   public func join() {
     joined.withLock { joined in
@@ -54,6 +59,11 @@ public struct ThreadIdentity: Sendable {
 
   /// The kernel's thread id, as `ps -L` shows it.
   public let id: Int32
+
+  /// The thread with a kernel thread id.
+  public init(id: Int32) {
+    self.id = id
+  }
 
   /// The calling thread.
   public static var current: ThreadIdentity { ThreadIdentity(id: clinux_gettid()) }

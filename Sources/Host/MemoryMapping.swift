@@ -28,7 +28,8 @@ public struct MemoryMapping: ~Copyable, @unchecked Sendable {
     descriptor: Int32, offset: Int, count: Int, protection: Int32, flags: Int32
   ) throws(HostError) {
     let address = mmap(nil, count, protection, flags, descriptor, off_t(offset))
-    guard let address, address != MAP_FAILED else { throw .systemCall("mmap of \(count) bytes", errno: errno) }
+    let code = errno
+    guard let address, address != MAP_FAILED else { throw .systemCall("mmap of \(count) bytes", errno: code) }
     self.base = address
     self.count = count
   }

@@ -115,7 +115,7 @@ int clinux_accept(int listener);
 /// Names the calling thread for debuggers; 15 bytes at most.
 void clinux_name_thread(const char *name);
 
-/// Thread ids and directed signals, for the kick that takes a vCPU thread out of KVM_RUN.
+/// Thread ids and directed signals, for the kick that takes a vCPU thread out of KVM_RUN. The id is asked once a thread.
 int clinux_gettid(void);
 int clinux_tgkill(int process, int thread, int signal);
 
