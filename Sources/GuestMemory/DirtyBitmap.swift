@@ -2,7 +2,8 @@ import Synchronization
 
 /// One bit a 4 KiB page of the memory file, set by the VMM's own writes while tracking is on.
 ///
-/// Marking is wait-free and may come from any thread; `take` sees every mark made before it was called.
+/// Marking is wait-free and may come from any thread; `take` sees every mark made before it was called, and whoever
+/// finds a mark sees the write that it stands for.
 public final class DirtyBitmap: @unchecked Sendable {
   /// Number of pages.
   public let pages: Int
@@ -37,7 +38,7 @@ public final class DirtyBitmap: @unchecked Sendable {
   /// Marks pages `firstPage` to `lastPage`, both included.
   public func mark(firstPage: Int, lastPage: Int) {
     for page in firstPage...lastPage {
-      words[page >> 6].bitwiseOr(1 << UInt64(page & 63), ordering: .relaxed)
+      words[page >> 6].bitwiseOr(1 << UInt64(page & 63), ordering: .releasing)
     }
   }
 

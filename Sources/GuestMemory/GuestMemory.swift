@@ -146,9 +146,8 @@ public final class GuestMemory: Sendable {
 
   /// A copy of `count` guest bytes.
   public func bytes(_ address: GuestPhysicalAddress, count: Int) throws(GuestMemoryError) -> [UInt8] {
-    guard hostPointer(address, count: min(count, 1)) != nil, count <= Int(clamping: size) else {
-      throw .outside(address, count: count)
-    }
+    // Before anything is allocated: the count may be a guest's.
+    try forEachRun(address, count: count) { _, _, _ in }
     var bytes = [UInt8](repeating: 0, count: count)
     // A typed throw does not pass through withUnsafe…'s rethrows unchanged, so the error travels in a Result.
     let result = bytes.withUnsafeMutableBytes { buffer in
@@ -198,7 +197,10 @@ public final class GuestMemory: Sendable {
   private func forEachRun(
     _ address: GuestPhysicalAddress, count: Int, _ body: (UnsafeMutableRawPointer, Int, Int) -> Void
   ) throws(GuestMemoryError) {
-    guard count > 0 else { return }
+    guard count > 0 else {
+      guard count == 0 else { throw .outside(address, count: count) }
+      return
+    }
     if let pointer = hostPointer(address, count: count) {
       body(pointer, 0, count)
       return
