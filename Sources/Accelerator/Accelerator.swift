@@ -60,9 +60,9 @@ public protocol VirtualMachine: AnyObject, Sendable {
   /// Where the interrupt controllers live.
   var interrupts: InterruptControllerModel { get }
 
-  /// Adds the slot, or replaces the one with its number.
+  /// Adds the slot, or replaces the one with its number, which stays where the new one is refused.
   func setMemorySlot(_ slot: MemorySlot) throws(AcceleratorError)
-  /// Removes a slot; accesses to its range exit from then on.
+  /// Removes a slot; accesses to its range exit from then on. Unknown numbers are ignored.
   func removeMemorySlot(_ number: UInt32) throws(AcceleratorError)
 
   /// A vCPU with `index` as its APIC id and the leaves of `cpuid`, in the state that follows reset.
@@ -114,7 +114,10 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func run() throws(AcceleratorError) -> VCPUExit
   /// Completes what the last exit left half done (a port read's result, say) without running any guest instruction,
   /// so that the state read afterwards is whole.
-  func completeExit() throws(AcceleratorError)
+  ///
+  /// An access may have further parts (16 bytes come as two exits): the next one is returned, to be handled before
+  /// this is called again. nil when the instruction is done.
+  func completeExit() throws(AcceleratorError) -> VCPUExit?
   /// Makes `run` return `.interrupted` soon: now if it runs, else the next time it is called.
   func kick()
 
@@ -131,9 +134,10 @@ public protocol VirtualCPU: AnyObject, Sendable {
   /// Replaces segment, control and descriptor-table registers, EFER and the APIC base.
   func writeSystemRegisters(_ registers: SystemRegisters) throws(AcceleratorError)
 
-  /// Makes an external interrupt pending at the processor's INTR pin; only where the LAPIC is in the VMM.
+  /// Makes an external interrupt pending at the processor's INTR pin; only where the PIC is in the VMM, only when
+  /// `isInterruptible`, and once before each `run`.
   func injectInterrupt(vector: UInt8) throws(AcceleratorError)
-  /// Whether an external interrupt could be injected now; only where the LAPIC is in the VMM.
+  /// Whether an external interrupt could be injected now, as of the last exit; only where the PIC is in the VMM.
   var isInterruptible: Bool { get }
   /// Asks for `.interruptWindow` as soon as one could be.
   func requestInterruptWindow(_ wanted: Bool)

@@ -17,6 +17,14 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
   case state(StateError)
   /// A memory slot is not made of whole pages of guest RAM.
   case badSlot(number: UInt32, range: GuestRange)
+  /// A memory slot's number is beyond the host's last one.
+  case slotNumber(UInt32, limit: Int)
+  /// No memory slot has this number.
+  case unknownSlot(UInt32)
+  /// A breakpoint watches a number of bytes that the processor cannot.
+  case breakpointLength(address: UInt64, length: UInt8)
+  /// More breakpoints than the processor has registers for.
+  case breakpointCount(Int, limit: Int)
   /// The host took only part of a list of model-specific registers.
   case modelSpecificRegister(index: UInt32, write: Bool)
 
@@ -33,6 +41,11 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
     case .call(let call, _, let reason): "\(call) failed: \(reason)"
     case .state(let error): "\(error)"
     case .badSlot(let number, let range): "memory slot \(number) at \(range) is not made of whole pages"
+    case .slotNumber(let number, let limit): "memory slot \(number) is beyond the \(limit) slots of this host"
+    case .unknownSlot(let number): "there is no memory slot \(number)"
+    case .breakpointLength(let address, let length):
+      "a breakpoint at 0x\(String(address, radix: 16)) cannot cover \(length) bytes: 1, 2, 4 or 8, and 1 to execute"
+    case .breakpointCount(let count, let limit): "\(count) hardware breakpoints; the processor has \(limit)"
     case .modelSpecificRegister(let index, let write):
       "the host refused to \(write ? "set" : "read") MSR 0x\(String(index, radix: 16))"
     }

@@ -2,6 +2,7 @@ import Accelerator
 import CLinux
 import Glibc
 import Host
+import Synchronization
 
 /// One vCPU's dirty ring (api.rst, 8.29): KVM appends, the VMM harvests and KVM resets.
 final class DirtyRing: @unchecked Sendable {
@@ -22,14 +23,17 @@ final class DirtyRing: @unchecked Sendable {
   /// Takes the entries that KVM has published, in order, and marks them as harvested. The caller holds the VM's ring lock.
   func collect() -> [(slot: UInt32, page: UInt64)] {
     var pages: [(slot: UInt32, page: UInt64)] = []
-    let ring = mapping.base.assumingMemoryBound(to: kvm_dirty_gfn.self)
     while true {
-      let entry = ring + next % entries
-      let flags = UnsafeMutableRawPointer(entry)
-      guard clinux_load32(flags) & CLINUX_KVM_DIRTY_GFN_F_MASK == CLINUX_KVM_DIRTY_GFN_F_DIRTY else { return pages }
-      pages.append((entry.pointee.slot & 0xffff, entry.pointee.offset))
-      clinux_store32(flags, CLINUX_KVM_DIRTY_GFN_F_RESET)
-      next &+= 1
+      let entry = mapping.base + next * MemoryLayout<kvm_dirty_gfn>.stride
+      // KVM publishes an entry by its flags, the first field; the rest is read after and given back before them.
+      let flags = entry.assumingMemoryBound(to: Atomic<UInt32>.self)
+      guard
+        flags.pointee.load(ordering: .acquiring) & CLINUX_KVM_DIRTY_GFN_F_MASK == CLINUX_KVM_DIRTY_GFN_F_DIRTY
+      else { return pages }
+      let page = entry.load(as: kvm_dirty_gfn.self)
+      pages.append((page.slot & 0xffff, page.offset))
+      flags.pointee.store(CLINUX_KVM_DIRTY_GFN_F_RESET, ordering: .releasing)
+      next = (next + 1) % entries
     }
   }
 }

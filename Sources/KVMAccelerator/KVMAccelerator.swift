@@ -15,6 +15,10 @@ public final class KVMAccelerator: Accelerator {
   public let capabilities: AcceleratorCapabilities
   let device: FileDescriptor
   let vcpuMappingSize: Int
+  /// Bytes of a vCPU's XSAVE area.
+  let extendedStateSize: Int
+  /// What the host saves of a vCPU's model-specific registers.
+  let modelSpecificIndices: [UInt32]
   /// Entries of each vCPU's dirty ring; nil for the dirty log. KVM offers one or the other to a VM.
   let dirtyRingEntries: Int?
 
@@ -40,10 +44,13 @@ public final class KVMAccelerator: Accelerator {
     vcpuMappingSize = Int(try kvmCall("KVM_GET_VCPU_MMAP_SIZE", device.rawValue, CLINUX_KVM_GET_VCPU_MMAP_SIZE))
     self.dirtyRingEntries = dirtyRingEntries
     let descriptor = device.rawValue
-    func has(_ capability: Int32) -> Bool { ioctl(descriptor, CLINUX_KVM_CHECK_EXTENSION, capability) > 0 }
+    func value(_ capability: Int32) -> Int32 { ioctl(descriptor, CLINUX_KVM_CHECK_EXTENSION, capability) }
+    func has(_ capability: Int32) -> Bool { value(capability) > 0 }
     guard has(KVM_CAP_USER_MEMORY), has(KVM_CAP_IMMEDIATE_EXIT), has(KVM_CAP_XSAVE), has(KVM_CAP_XCRS) else {
       throw .unsupported(engine: "kvm", what: "user memory, immediate exit or XSAVE state in its KVM")
     }
+    extendedStateSize = max(MemoryLayout<kvm_xsave>.size, Int(value(KVM_CAP_XSAVE2)))
+    modelSpecificIndices = try Self.savedRegisterIndices(descriptor)
     var capabilities: AcceleratorCapabilities = [.dirtyLog]
     if has(KVM_CAP_READONLY_MEM) { capabilities.insert(.readOnlyMemory) }
     if has(KVM_CAP_DIRTY_LOG_RING) { capabilities.insert(.dirtyRing) }
@@ -58,6 +65,15 @@ public final class KVMAccelerator: Accelerator {
   /// A capability's value (`KVM_CHECK_EXTENSION`); 0 where the host lacks it.
   public func extensionValue(_ capability: Int32) -> Int32 {
     max(0, ioctl(device.rawValue, CLINUX_KVM_CHECK_EXTENSION, capability))
+  }
+
+  private static func savedRegisterIndices(_ device: Int32) throws(AcceleratorError) -> [UInt32] {
+    let capacity = 4096
+    let list = UnsafeMutablePointer<UInt32>.allocate(capacity: capacity + 1)
+    defer { list.deallocate() }
+    list[0] = UInt32(capacity)
+    _ = try kvmCall("KVM_GET_MSR_INDEX_LIST", device, CLINUX_KVM_GET_MSR_INDEX_LIST, UnsafeMutableRawPointer(list))
+    return (0..<Int(list[0])).map { list[$0 + 1] }
   }
 
   /// Whether the processor shows VMX or SVM: without them KVM is paravirtual and emulates ring 0.

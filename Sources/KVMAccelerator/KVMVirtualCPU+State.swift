@@ -2,6 +2,7 @@ import Accelerator
 import CLinux
 import Glibc
 import Host
+import StateTree
 
 extension KVMVirtualCPU {
   /// The general registers (`KVM_GET_REGS`).
@@ -114,7 +115,7 @@ extension KVMVirtualCPU {
     var control = kvm_xcrs()
     try kvmCall("KVM_GET_XCRS", descriptor.rawValue, CLINUX_KVM_GET_XCRS, with: &control)
     state.xcr0 = control.xcrs.0.value
-    state.modelSpecific = try readModelSpecificRegisters(modelSpecificIndices)
+    state.modelSpecific = try readModelSpecificRegisters(machine.accelerator.modelSpecificIndices)
     var activity = kvm_mp_state()
     try kvmCall("KVM_GET_MP_STATE", descriptor.rawValue, CLINUX_KVM_GET_MP_STATE, with: &activity)
     state.activity = ActivityState(rawValue: activity.mp_state) ?? .runnable
@@ -159,21 +160,31 @@ extension KVMVirtualCPU {
     debug.dr7 = state.debug.dr7
     try kvmCall("KVM_SET_DEBUGREGS", descriptor.rawValue, CLINUX_KVM_SET_DEBUGREGS, with: &debug)
     if machine.interrupts != .userSpace, !state.localAPIC.isEmpty {
+      guard state.localAPIC.count == MemoryLayout<kvm_lapic_state>.size else {
+        throw invalid("the size of its local APIC", state.localAPIC.count)
+      }
       var page = kvm_lapic_state()
-      withUnsafeMutableBytes(of: &page) { $0.copyBytes(from: state.localAPIC.prefix($0.count)) }
+      withUnsafeMutableBytes(of: &page) { $0.copyBytes(from: state.localAPIC) }
       try kvmCall("KVM_SET_LAPIC", descriptor.rawValue, CLINUX_KVM_SET_LAPIC, with: &page)
     }
     try writeModelSpecificRegisters(state.modelSpecific)
     var events = kvm_vcpu_events(state.events)
+    // KVM refuses the parts that the virtual machine could not turn on.
+    if !machine.hasExceptionPayloads { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_PAYLOAD) }
+    if !machine.hasTripleFaultEvents { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) }
     try kvmCall("KVM_SET_VCPU_EVENTS", descriptor.rawValue, CLINUX_KVM_SET_VCPU_EVENTS, with: &events)
   }
 
+  private func invalid(_ field: String, _ value: Int) -> AcceleratorError {
+    .state(.invalid(node: "vcpu\(index)", field: field, value: UInt64(value)))
+  }
+
   private func readExtendedState() throws(AcceleratorError) -> [UInt8] {
-    let size = max(4096, Int(machine.accelerator.extensionValue(KVM_CAP_XSAVE2)))
+    let size = machine.accelerator.extendedStateSize
     let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
     defer { area.deallocate() }
     area.initializeMemory(as: UInt8.self, repeating: 0, count: size)
-    if size > 4096 {
+    if size > MemoryLayout<kvm_xsave>.size {
       _ = try kvmCall("KVM_GET_XSAVE2", descriptor.rawValue, CLINUX_KVM_GET_XSAVE2, area)
     } else {
       _ = try kvmCall("KVM_GET_XSAVE", descriptor.rawValue, CLINUX_KVM_GET_XSAVE, area)
@@ -182,11 +193,12 @@ extension KVMVirtualCPU {
   }
 
   private func writeExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
-    let size = max(4096, Int(machine.accelerator.extensionValue(KVM_CAP_XSAVE2)))
+    let size = machine.accelerator.extendedStateSize
+    guard bytes.count <= size else { throw invalid("the size of its extended state", bytes.count) }
     let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
     defer { area.deallocate() }
     area.initializeMemory(as: UInt8.self, repeating: 0, count: size)
-    bytes.prefix(size).withUnsafeBytes { area.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
+    bytes.withUnsafeBytes { UnsafeMutableRawBufferPointer(start: area, count: size).copyMemory(from: $0) }
     _ = try kvmCall("KVM_SET_XSAVE", descriptor.rawValue, CLINUX_KVM_SET_XSAVE, area)
   }
 }
@@ -197,27 +209,15 @@ extension KVMVirtualCPU {
   /// IA32_TSC_DEADLINE: set last, because it arms the timer against the TSC and the LAPIC as they are then.
   private static let tscDeadline: UInt32 = 0x6e0
 
-  /// What the host saves for a guest (`KVM_GET_MSR_INDEX_LIST`).
-  static func savedRegisterIndices(_ accelerator: KVMAccelerator) throws(AcceleratorError) -> [UInt32] {
-    let capacity = 4096
-    let list = UnsafeMutablePointer<UInt32>.allocate(capacity: capacity + 1)
-    defer { list.deallocate() }
-    list[0] = UInt32(capacity)
-    _ = try kvmCall(
-      "KVM_GET_MSR_INDEX_LIST", accelerator.device.rawValue, CLINUX_KVM_GET_MSR_INDEX_LIST,
-      UnsafeMutableRawPointer(list))
-    return (0..<Int(list[0])).map { list[$0 + 1] }
-  }
-
   /// Reads the registers one after another; the ones that this host lists but does not have are left out.
   func readModelSpecificRegisters(_ indices: [UInt32]) throws(AcceleratorError) -> [ModelSpecificRegister] {
     let table = MSRTable(indices.map { ModelSpecificRegister(index: $0, value: 0) })
     var result: [ModelSpecificRegister] = []
     var first = 0
     while first < table.count {
-      let done = try table.call("KVM_GET_MSRS", descriptor.rawValue, CLINUX_KVM_GET_MSRS, from: first)
+      let (done, refused) = try table.call("KVM_GET_MSRS", descriptor.rawValue, CLINUX_KVM_GET_MSRS, from: first)
       for index in first..<first + done { result.append(table[index]) }
-      first += done + 1
+      first += done + (refused ? 1 : 0)
     }
     return result
   }
@@ -228,9 +228,9 @@ extension KVMVirtualCPU {
     let table = MSRTable(ordered)
     var first = 0
     while first < table.count {
-      let done = try table.call("KVM_SET_MSRS", descriptor.rawValue, CLINUX_KVM_SET_MSRS, from: first)
+      let (done, refused) = try table.call("KVM_SET_MSRS", descriptor.rawValue, CLINUX_KVM_SET_MSRS, from: first)
       first += done
-      guard first < table.count else { return }
+      guard refused else { continue }
       let present = try readModelSpecificRegisters([table[first].index])
       guard present.isEmpty || present[0].value == table[first].value else {
         throw .modelSpecificRegister(index: table[first].index, write: true)
@@ -264,18 +264,20 @@ private final class MSRTable {
     ModelSpecificRegister(index: entries[index].index, value: entries[index].data)
   }
 
-  /// Returns how many entries from `first` on were handled before one was refused.
+  /// KVM takes fewer than 256 entries a call (MAX_IO_MSRS).
+  private static let batch = 255
+
+  /// Returns how many entries from `first` on were handled, and whether the one after them was refused.
   func call(
     _ name: StaticString, _ descriptor: Int32, _ request: UInt, from first: Int
-  ) throws(AcceleratorError) -> Int {
-    let limit = min(count - first, 256)
+  ) throws(AcceleratorError) -> (done: Int, refused: Bool) {
+    let limit = min(count - first, Self.batch)
     let header = UnsafeMutableRawPointer(entries + first) - MemoryLayout<kvm_msrs>.size
     let kept = header.loadUnaligned(as: UInt64.self)
     header.storeBytes(of: UInt64(limit), as: UInt64.self)
     defer { header.storeBytes(of: kept, as: UInt64.self) }
-    var done = 0
-    done = Int(try kvmCall(name, descriptor, request, header))
-    return done
+    let done = Int(try kvmCall(name, descriptor, request, header))
+    return (done, done < limit)
   }
 }
 

@@ -12,12 +12,15 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   public let index: Int
   let machine: KVMVirtualMachine
   let descriptor: FileDescriptor
-  let modelSpecificIndices: [UInt32]
   private let mapping: MemoryMapping
   let shared: UnsafeMutablePointer<kvm_run>
-  /// The thread that called `run` last: the one to interrupt.
-  private var runner: pthread_t = 0
-  private let runnerIdentity = Mutex<ThreadIdentity?>(nil)
+  /// `immediate_exit` of the shared page: KVM_RUN returns EINTR before it enters the guest while it is 1.
+  private let immediateExit: UnsafeMutablePointer<Atomic<UInt8>>
+  /// A kick that `run` has not answered yet; `completeExit` borrows `immediateExit` and must not lose it.
+  private let isKicked = Atomic(false)
+  /// Kernel id of the thread that called `run` last, the one to interrupt; 0 before the first. A pthread_t would not do:
+  /// the next thread gets that of one that has ended.
+  private let runner = Atomic<Int32>(0)
 
   init(machine: KVMVirtualMachine, index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) {
     self.machine = machine
@@ -32,51 +35,60 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
       throw .call("mmap of vCPU \(index)", errno: error.errno, reason: HostError.reason(error.errno))
     }
     shared = mapping.base.assumingMemoryBound(to: kvm_run.self)
+    immediateExit = (mapping.base + MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!)
+      .assumingMemoryBound(to: Atomic<UInt8>.self)
     try CPUIDTable(cpuid).call("KVM_SET_CPUID2", vcpu.rawValue, CLINUX_KVM_SET_CPUID2)
-    modelSpecificIndices = try Self.savedRegisterIndices(machine.accelerator)
     descriptor = vcpu
   }
 
   /// Runs the guest (`KVM_RUN`).
   public func run() throws(AcceleratorError) -> VCPUExit {
-    let thread = pthread_self()
-    if thread != runner {
-      runner = thread
-      runnerIdentity.withLock { $0 = .current }
-    }
-    while true {
-      if ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0) >= 0 { return exit() }
-      let code = errno
-      switch code {
-      case EINTR:
-        clinux_store8(immediateExit, 0)
-        return .interrupted
-      // An application processor that was woken by SIPI reports so once; there is nothing to do.
-      case EAGAIN: continue
-      case EFAULT where shared.pointee.exit_reason == UInt32(KVM_EXIT_MEMORY_FAULT): return exit()
-      default: throw .call("KVM_RUN of vCPU \(index)", errno: code, reason: HostError.reason(code))
-      }
-    }
+    let thread = ThreadIdentity.current.id
+    // Sequentially consistent here and in `kick`: one of the two sees what the other stored.
+    if runner.load(ordering: .relaxed) != thread { runner.store(thread, ordering: .sequentiallyConsistent) }
+    if let exit = try enter() { return exit }
+    // A kick from here on is answered by this return, or sets the flag anew for the next run.
+    isKicked.store(false, ordering: .sequentiallyConsistent)
+    immediateExit.pointee.store(0, ordering: .sequentiallyConsistent)
+    return .interrupted
   }
 
-  /// Lets KVM finish the last exit's access, then come back before the guest runs.
-  public func completeExit() throws(AcceleratorError) {
-    clinux_store8(immediateExit, 1)
-    let result = ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0)
-    let code = errno
-    clinux_store8(immediateExit, 0)
-    guard result < 0, code != EINTR, code != EAGAIN else { return }
-    throw .call("KVM_RUN of vCPU \(index)", errno: code, reason: HostError.reason(code))
+  /// Lets KVM finish the last exit's access, then come back before the guest runs; another part of the access may be due.
+  public func completeExit() throws(AcceleratorError) -> VCPUExit? {
+    immediateExit.pointee.store(1, ordering: .sequentiallyConsistent)
+    defer {
+      immediateExit.pointee.store(0, ordering: .sequentiallyConsistent)
+      if isKicked.load(ordering: .sequentiallyConsistent) {
+        immediateExit.pointee.store(1, ordering: .sequentiallyConsistent)
+      }
+    }
+    return try enter()
   }
 
   /// Takes the vCPU out of the guest: the flag stops a run that has not begun, the signal one that has.
   public func kick() {
-    clinux_store8(immediateExit, 1)
-    runnerIdentity.withLock { $0?.interrupt() }
+    isKicked.store(true, ordering: .sequentiallyConsistent)
+    immediateExit.pointee.store(1, ordering: .sequentiallyConsistent)
+    let thread = runner.load(ordering: .sequentiallyConsistent)
+    if thread != 0 { ThreadIdentity(id: thread).interrupt() }
   }
 
-  private var immediateExit: UnsafeMutableRawPointer {
-    UnsafeMutableRawPointer(shared) + MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!
+  /// `KVM_RUN` until there is an exit; nil where it was interrupted.
+  @inline(__always)
+  private func enter() throws(AcceleratorError) -> VCPUExit? {
+    while true {
+      if ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0) >= 0 { return exit() }
+      let code = errno
+      switch code {
+      case EINTR: return nil
+      // An application processor that was woken by SIPI reports so once; there is nothing to do.
+      case EAGAIN: continue
+      case EFAULT, EHWPOISON:
+        if shared.pointee.exit_reason == UInt32(KVM_EXIT_MEMORY_FAULT) { return exit() }
+      default: break
+      }
+      throw .call("KVM_RUN of vCPU \(index)", errno: code, reason: HostError.reason(code))
+    }
   }
 
   private func exit() -> VCPUExit {
@@ -135,10 +147,11 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     return .emulationFailure(InstructionBytes(low: low, high: error.data.2 >> 8, count: count))
   }
 
-  /// Hands an interrupt to the processor (`KVM_INTERRUPT`); the LAPIC is in the VMM.
+  /// Hands an interrupt to the processor (`KVM_INTERRUPT`). KVM would take a second one in place of the first.
   public func injectInterrupt(vector: UInt8) throws(AcceleratorError) {
     var request = kvm_interrupt(irq: UInt32(vector))
     try kvmCall("KVM_INTERRUPT", descriptor.rawValue, CLINUX_KVM_INTERRUPT, with: &request)
+    shared.pointee.ready_for_interrupt_injection = 0
   }
 
   /// Whether an interrupt can be injected now.
@@ -164,6 +177,12 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Sets what the debugger wants (`KVM_SET_GUEST_DEBUG`).
   public func setDebug(_ control: DebugControl) throws(AcceleratorError) {
+    guard control.breakpoints.count <= 4 else { throw .breakpointCount(control.breakpoints.count, limit: 4) }
+    for breakpoint in control.breakpoints {
+      guard breakpoint.kind == .execute ? breakpoint.length == 1 : [1, 2, 4, 8].contains(breakpoint.length) else {
+        throw .breakpointLength(address: breakpoint.address, length: breakpoint.length)
+      }
+    }
     var debug = kvm_guest_debug()
     if control != DebugControl() { debug.control |= UInt32(KVM_GUESTDBG_ENABLE) }
     if control.singleStep { debug.control |= UInt32(KVM_GUESTDBG_SINGLESTEP) }
@@ -172,7 +191,7 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     withUnsafeMutableBytes(of: &debug.arch.debugreg) { bytes in
       let registers = bytes.bindMemory(to: UInt64.self)
       registers[7] = 0x400
-      for (slot, breakpoint) in control.breakpoints.prefix(4).enumerated() {
+      for (slot, breakpoint) in control.breakpoints.enumerated() {
         registers[slot] = breakpoint.address
         // DR7 (SDM vol. 3, 18.2.4): global enable, then type and length (8 bytes is encoded as 2).
         let length: UInt64 =

@@ -15,6 +15,9 @@ public final class KVMVirtualMachine: VirtualMachine {
 
   let accelerator: KVMAccelerator
   let descriptor: FileDescriptor
+  /// Whether the host tells an exception's payload (CR2, DR6) and a pending triple fault in a vCPU's events.
+  let hasExceptionPayloads: Bool
+  let hasTripleFaultEvents: Bool
   private let slots = Mutex<[UInt32: MemorySlot]>([:])
   private let rings = Mutex<[DirtyRing]>([])
 
@@ -37,11 +40,9 @@ public final class KVMVirtualMachine: VirtualMachine {
       UnsafeMutableRawPointer(bitPattern: Self.taskStateAddress))
     let number = machine.rawValue
     // Optional: they make exits carry the failing instruction and pending events complete.
-    for capability in [
-      KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    ] where accelerator.extensionValue(capability) > 0 {
-      try Self.enable(capability, 1, on: number)
-    }
+    _ = try Self.enableWhereKnown(KVM_CAP_EXIT_ON_EMULATION_FAILURE, on: number, accelerator)
+    hasExceptionPayloads = try Self.enableWhereKnown(KVM_CAP_EXCEPTION_PAYLOAD, on: number, accelerator)
+    hasTripleFaultEvents = try Self.enableWhereKnown(KVM_CAP_X86_TRIPLE_FAULT_EVENT, on: number, accelerator)
     if let entries = accelerator.dirtyRingEntries {
       guard accelerator.capabilities.contains(.dirtyRing) else {
         throw .unsupported(engine: "kvm", what: "the dirty ring (KVM_CAP_DIRTY_LOG_RING)")
@@ -68,6 +69,14 @@ public final class KVMVirtualMachine: VirtualMachine {
     if interrupts == .inKernel { try setInterruptRoutes(InterruptRoute.legacy) }
   }
 
+  private static func enableWhereKnown(
+    _ capability: Int32, on machine: Int32, _ accelerator: KVMAccelerator
+  ) throws(AcceleratorError) -> Bool {
+    guard accelerator.extensionValue(capability) > 0 else { return false }
+    try enable(capability, 1, on: machine)
+    return true
+  }
+
   private static func enable(
     _ capability: Int32, _ argument: UInt64, on machine: Int32
   ) throws(AcceleratorError) {
@@ -77,17 +86,34 @@ public final class KVMVirtualMachine: VirtualMachine {
     try kvmCall("KVM_ENABLE_CAP", machine, CLINUX_KVM_ENABLE_CAP, with: &request)
   }
 
-  /// Adds or replaces a slot. KVM cannot resize or move one, so a changed slot is removed first.
+  /// Adds or replaces a slot. KVM cannot resize one or change its access, so a changed slot is removed first.
   public func setMemorySlot(_ slot: MemorySlot) throws(AcceleratorError) {
+    // Beyond its limit KVM may take the number's upper half for an address space.
+    let limit = Int(accelerator.extensionValue(KVM_CAP_NR_MEMSLOTS))
+    guard slot.number < limit else { throw .slotNumber(slot.number, limit: limit) }
     guard (slot.range.start.rawValue | slot.range.size | UInt64(UInt(bitPattern: slot.hostBase))) & 0xfff == 0,
       slot.range.size > 0
     else { throw .badSlot(number: slot.number, range: slot.range) }
-    if let old = slots.withLock({ $0[slot.number] }),
-      old.range != slot.range || old.hostBase != slot.hostBase
-        || old.access != slot.access
-    {
-      try removeMemorySlot(slot.number)
+    try slots.withLock { slots throws(AcceleratorError) in
+      guard let old = slots[slot.number],
+        old.range != slot.range || old.hostBase != slot.hostBase || old.access != slot.access
+      else {
+        try place(slot)
+        slots[slot.number] = slot
+        return
+      }
+      try displace(old)
+      do throws(AcceleratorError) {
+        try place(slot)
+        slots[slot.number] = slot
+      } catch {
+        try place(old)
+        throw error
+      }
     }
+  }
+
+  private func place(_ slot: MemorySlot) throws(AcceleratorError) {
     var flags: UInt32 = 0
     if slot.access == .readExecute { flags |= CLINUX_KVM_MEM_READONLY }
     if slot.logsDirtyPages { flags |= CLINUX_KVM_MEM_LOG_DIRTY_PAGES }
@@ -95,16 +121,21 @@ public final class KVMVirtualMachine: VirtualMachine {
       slot: slot.number, flags: flags, guest_phys_addr: slot.range.start.rawValue, memory_size: slot.range.size,
       userspace_addr: UInt64(UInt(bitPattern: slot.hostBase)))
     try kvmCall("KVM_SET_USER_MEMORY_REGION", descriptor.rawValue, CLINUX_KVM_SET_USER_MEMORY_REGION, with: &region)
-    slots.withLock { $0[slot.number] = slot }
+  }
+
+  private func displace(_ slot: MemorySlot) throws(AcceleratorError) {
+    var region = kvm_userspace_memory_region(
+      slot: slot.number, flags: 0, guest_phys_addr: slot.range.start.rawValue, memory_size: 0, userspace_addr: 0)
+    try kvmCall("KVM_SET_USER_MEMORY_REGION", descriptor.rawValue, CLINUX_KVM_SET_USER_MEMORY_REGION, with: &region)
   }
 
   /// Removes a slot; unknown numbers are ignored.
   public func removeMemorySlot(_ number: UInt32) throws(AcceleratorError) {
-    guard let slot = slots.withLock({ $0[number] }) else { return }
-    var region = kvm_userspace_memory_region(
-      slot: number, flags: 0, guest_phys_addr: slot.range.start.rawValue, memory_size: 0, userspace_addr: 0)
-    try kvmCall("KVM_SET_USER_MEMORY_REGION", descriptor.rawValue, CLINUX_KVM_SET_USER_MEMORY_REGION, with: &region)
-    slots.withLock { $0[number] = nil }
+    try slots.withLock { slots throws(AcceleratorError) in
+      guard let slot = slots[number] else { return }
+      try displace(slot)
+      slots[number] = nil
+    }
   }
 
   /// A vCPU, in the state after reset.
@@ -131,7 +162,11 @@ public final class KVMVirtualMachine: VirtualMachine {
     message.address_lo = UInt32(truncatingIfNeeded: address)
     message.address_hi = UInt32(truncatingIfNeeded: address >> 32)
     message.data = data
-    try kvmCall("KVM_SIGNAL_MSI", descriptor.rawValue, CLINUX_KVM_SIGNAL_MSI, with: &message)
+    do {
+      try kvmCall("KVM_SIGNAL_MSI", descriptor.rawValue, CLINUX_KVM_SIGNAL_MSI, with: &message)
+    } catch .call(_, errno: EPERM, _) {
+      // KVM's -1 for "no LAPIC took it", read as an errno.
+    }
   }
 
   /// Replaces the GSI routing table.
@@ -215,7 +250,7 @@ public final class KVMVirtualMachine: VirtualMachine {
 
   /// Pages the guest wrote (`KVM_GET_DIRTY_LOG`).
   public func takeDirtyLog(slot number: UInt32) throws(AcceleratorError) -> [UInt64] {
-    guard let slot = slots.withLock({ $0[number] }) else { return [] }
+    guard let slot = slots.withLock({ $0[number] }) else { throw .unknownSlot(number) }
     var words = [UInt64](repeating: 0, count: Int((slot.range.size >> 12) + 63) / 64)
     let fd = descriptor.rawValue
     let result = words.withUnsafeMutableBytes { buffer in
@@ -232,6 +267,9 @@ public final class KVMVirtualMachine: VirtualMachine {
 
   /// Pages in all dirty rings, which are empty and armed again afterwards.
   public func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)] {
+    guard accelerator.dirtyRingEntries != nil else {
+      throw .unsupported(engine: accelerator.name, what: "a dirty ring in a virtual machine that was made without")
+    }
     let pages = rings.withLock { rings in rings.flatMap { $0.collect() } }
     _ = try kvmCall("KVM_RESET_DIRTY_RINGS", descriptor.rawValue, CLINUX_KVM_RESET_DIRTY_RINGS)
     return pages

@@ -307,7 +307,7 @@ public final class Machine: MachineControl {
     do throws(AcceleratorError) {
       while true {
         if gate.isClosed {
-          try vcpu.completeExit()
+          while let exit = try vcpu.completeExit() { try handle(exit, vcpu) }
           if !gate.park(index) { return }
           continue
         }
