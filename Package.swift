@@ -84,7 +84,7 @@ let package = Package(
       ], swiftSettings: strict),
 
     tests("HostTests", ["Host"]),
-    tests("GuestMemoryTests", ["GuestMemory"]),
+    tests("GuestMemoryTests", ["GuestMemory", "Host"]),
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
@@ -95,7 +95,10 @@ let package = Package(
       path: "Tests/DeviceTesting", swiftSettings: strict),
     tests("PlatformDevicesTests", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("DeviceConformance", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
-    tests("AcceleratorConformance", ["Accelerator", "GuestMemory", "KVMAccelerator"]),
+    .target(name: "TestGuests", path: "Tests/Support/TestGuests"),
+    tests(
+      "AcceleratorConformance",
+      ["Accelerator", "GuestMemory", "Host", "KVMAccelerator", "StateTree", "TestGuests"]),
     tests(
       "MachineTests",
       [

@@ -1,0 +1,64 @@
+import Accelerator
+import KVMAccelerator
+import Testing
+
+/// One accelerator, as one way of setting it up. Every test runs once for each of `catalogue`.
+struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
+  let testDescription: String
+  let interrupts: InterruptControllerModel
+  /// Entries of each vCPU's dirty ring, where it has one instead of the dirty log.
+  let dirtyRingEntries: Int?
+  let open: @Sendable () throws(AcceleratorError) -> any Accelerator
+
+  static let catalogue: [AcceleratorUnderTest] = [
+    kvm("kvm, controllers in the kernel", .inKernel),
+    kvm("kvm, split controllers", .split),
+    kvm("kvm, controllers in the VMM", .userSpace),
+    kvm("kvm, dirty ring", .inKernel, dirtyRingEntries: 1024),
+  ]
+  /// Those whose local APICs are in the accelerator.
+  static let withLocalAPIC = catalogue.filter { $0.interrupts != .userSpace }
+  /// Those whose PIC, IOAPIC and PIT are there too.
+  static let withController = catalogue.filter { $0.interrupts == .inKernel }
+  /// Those whose PIC is in the VMM, which injects its interrupts.
+  static let withoutController = catalogue.filter { $0.interrupts != .inKernel }
+  static let withDirtyLog = catalogue.filter { $0.dirtyRingEntries == nil }
+  static let withDirtyRing = catalogue.filter { $0.dirtyRingEntries != nil }
+
+  private static func kvm(
+    _ name: String, _ interrupts: InterruptControllerModel, dirtyRingEntries: Int? = nil
+  ) -> AcceleratorUnderTest {
+    AcceleratorUnderTest(testDescription: name, interrupts: interrupts, dirtyRingEntries: dirtyRingEntries) {
+      () throws(AcceleratorError) in try KVMAccelerator(dirtyRingEntries: dirtyRingEntries)
+    }
+  }
+
+  /// What the test needs beside what this set-up always has.
+  private var required: AcceleratorCapabilities {
+    var required: AcceleratorCapabilities = dirtyRingEntries == nil ? [] : .dirtyRing
+    switch interrupts {
+    case .inKernel: required.insert(.inKernelInterrupts)
+    case .split: required.insert(.splitInterrupts)
+    case .userSpace: break
+    }
+    return required
+  }
+
+  /// The accelerator, where this host has it with `capabilities`; else the test is skipped with the reason.
+  func accelerator(_ capabilities: AcceleratorCapabilities) throws -> any Accelerator {
+    let accelerator: any Accelerator
+    do throws(AcceleratorError) {
+      accelerator = try open()
+    } catch {
+      switch error {
+      case .missing, .noPermission: try Test.cancel("\(testDescription): \(error)")
+      default: throw error
+      }
+    }
+    let missing = capabilities.union(required).subtracting(accelerator.capabilities)
+    guard missing.isEmpty else {
+      try Test.cancel("\(testDescription): this host lacks capabilities 0x\(String(missing.rawValue, radix: 16))")
+    }
+    return accelerator
+  }
+}
