@@ -53,6 +53,9 @@ public final class Serial16550: PlatformDevice {
     var overrun = false
     /// Changes of the modem lines since the last read (low half of the modem status register).
     var modemDelta: UInt8 = 0
+    /// The guest has looked at the line status or asked for the data interrupt: it is ready for input. Until then input
+    /// waits outside, or the FIFO's clearing by the guest's driver would lose what was typed before.
+    var isListening = false
 
     var fifoEnabled: Bool { fifoControl & FIFOControl.enable != 0 }
     var capacity: Int { fifoEnabled ? ByteFIFO.capacity : 1 }
@@ -122,7 +125,7 @@ public final class Serial16550: PlatformDevice {
   public func receive(_ bytes: [UInt8], room: @escaping @Sendable () -> Void) -> Int {
     state.withLock { state in
       var taken = 0
-      if !state.registers.isLoopback {
+      if state.registers.isListening, !state.registers.isLoopback {
         while taken < bytes.count, state.registers.received.count < state.registers.capacity {
           state.registers.received.append(bytes[taken])
           taken += 1
@@ -160,7 +163,9 @@ public final class Serial16550: PlatformDevice {
 
   /// Whoever waits for room, once the receiver is empty: fewer and larger deliveries than byte by byte.
   private func takeRoom(_ state: inout State) -> (@Sendable () -> Void)? {
-    guard state.room != nil, state.registers.received.count == 0, !state.registers.isLoopback else { return nil }
+    guard state.room != nil, state.registers.isListening, state.registers.received.count == 0,
+      !state.registers.isLoopback
+    else { return nil }
     defer { state.room = nil }
     return state.room
   }
@@ -181,6 +186,7 @@ public final class Serial16550: PlatformDevice {
       // The transmitter is always empty.
       let status: UInt8 = 0x60 | (registers.received.count > 0 ? 0x01 : 0) | (registers.overrun ? 0x02 : 0)
       registers.overrun = false
+      registers.isListening = true
       return status
     case Register.modemStatus:
       defer { registers.modemDelta = 0 }
@@ -207,6 +213,7 @@ public final class Serial16550: PlatformDevice {
       // Enabling the transmitter interrupt while the transmitter is empty raises it.
       if value & ~registers.interruptEnable & 2 != 0 { registers.transmitterInterrupt = true }
       registers.interruptEnable = value & 0x0f
+      if value & 1 != 0 { registers.isListening = true }
     case Register.identification:
       let toggled = (value ^ registers.fifoControl) & FIFOControl.enable != 0
       if toggled || value & FIFOControl.clearReceiver != 0 { registers.received = ByteFIFO() }
@@ -257,6 +264,7 @@ public final class Serial16550: PlatformDevice {
       writer.write(registers.transmitterInterrupt)
       writer.write(registers.overrun)
       writer.write(registers.modemDelta)
+      writer.write(registers.isListening)
     }
   }
 
@@ -267,7 +275,7 @@ public final class Serial16550: PlatformDevice {
         interruptEnable: try reader.read(), fifoControl: try reader.read(), lineControl: try reader.read(),
         modemControl: try reader.read(), scratch: try reader.read(), divisor: try reader.read(),
         received: ByteFIFO(try reader.read(limit: ByteFIFO.capacity)), transmitterInterrupt: try reader.read(),
-        overrun: try reader.read(), modemDelta: try reader.read())
+        overrun: try reader.read(), modemDelta: try reader.read(), isListening: try reader.read())
     }
     replace(restored)
   }

@@ -1,4 +1,5 @@
 import Foundation
+import Host
 import Testing
 
 /// A running machine's faces, from outside: gdb, and the control socket's commands.
@@ -8,7 +9,8 @@ struct FaceTests {
   private func withMachine<Result>(_ arguments: [String], _ body: (Process) throws -> Result) throws -> Result {
     let process = Process()
     process.executableURL = URL(fileURLWithPath: VMM.path)
-    process.arguments = ["run", "--engine", "kvm", "--serial", "none", "--time-limit", "120"] + arguments
+    process.arguments = ["run", "--engine", "kvm", "--time-limit", "120"] + arguments
+    if !arguments.contains("--serial") { process.arguments? += ["--serial", "none"] }
     process.standardInput = FileHandle.nullDevice
     process.standardError = FileHandle.nullDevice
     try process.run()
@@ -36,8 +38,8 @@ struct FaceTests {
       gdb.arguments = ["-nx", "-batch"]
       let script = [
         "set confirm off", "target remote \(socket)", "info threads", "stepi", "print/x $rip", "print/x $cr0",
-        "hbreak *guest_long_mode", "continue", "print $rip == (unsigned long)&guest_long_mode",
-        "x/1xb (char *)&guest_long_mode", "delete", "continue",
+        "hbreak *long_mode", "continue", "print $rip == (unsigned long)&long_mode",
+        "x/1xb (char *)&long_mode", "delete", "continue",
       ]
       for line in script { gdb.arguments?.append(contentsOf: ["-ex", line]) }
       gdb.arguments?.append(image)
@@ -90,6 +92,27 @@ struct FaceTests {
       #expect(process.terminationReason == .exit)
       #expect(process.terminationStatus == 130)
       #expect(access(socket, F_OK) != 0)
+    }
+  }
+
+  @Test func serialPortOnAUnixSocket() throws {
+    let folder = try TemporaryFolder()
+    let socket = folder.path + "/serial"
+    // Echoes one key and exits with status 3; the loop before it waits for the client.
+    let code: [UInt8] = [
+      0xb4, 0, 0xcd, 0x16, 0xb4, 0x0e, 0xcd, 0x10, 0xb0, 1, 0xe6, 0xf4, 0xeb, 0xfe,
+    ]
+    let image = try folder.file("echo.img", bootSector(code))
+    try withMachine([image, "--serial", "unix:\(socket)"]) { process in
+      waitForFile(socket)
+      let client = try StreamEndpoint("unix:\(socket)").connect()
+      let sent = [UInt8(ascii: "k")]
+      _ = write(client.rawValue, sent, 1)
+      var answer = [UInt8](repeating: 0, count: 1)
+      #expect(Foundation.read(client.rawValue, &answer, 1) == 1)
+      #expect(answer == sent)
+      process.waitUntilExit()
+      #expect(process.terminationStatus == 3)
     }
   }
 

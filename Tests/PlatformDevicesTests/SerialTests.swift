@@ -11,6 +11,8 @@ import Testing
     fixture = try Fixture()
     serial = Serial16550(name: "serial0", line: fixture.line(4), output: fixture.output)
     try fixture.attach(serial)
+    // The guest looks at the line status, and so is ready for input.
+    _ = serial.read(offset: 5, size: 1)
   }
 
   private func read(_ register: UInt64) -> UInt64 { fixture.input(0x3f8 + register) }
@@ -23,6 +25,19 @@ import Testing
       write(0, UInt64(byte))
     }
     #expect(fixture.output.text == "hi\n")
+  }
+
+  @Test func inputWaitsOutsideUntilTheGuestLooks() {
+    serial.reset()
+    let roomCalls = Atomic(0)
+    #expect(serial.receive([0x61]) { roomCalls.add(1, ordering: .relaxed) } == 0)
+    // A driver clears the FIFO before it listens: nothing typed before is lost by that.
+    write(2, 0x07)
+    #expect(roomCalls.load(ordering: .relaxed) == 0)
+    _ = read(5)
+    #expect(roomCalls.load(ordering: .relaxed) == 1)
+    #expect(receive("a") == 1)
+    #expect(read(0) == 0x61)
   }
 
   @Test func divisorLatchHidesDataAndInterruptEnable() {
