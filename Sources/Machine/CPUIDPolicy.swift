@@ -6,10 +6,14 @@ import Accelerator
 public struct CPUIDPolicy: Sendable {
   /// vCPUs: one package, one thread a core.
   public let cpus: Int
+  /// Whether ring 0 is emulated one instruction at a time: then features whose instructions the emulator lacks, or gets
+  /// wrong, are hidden, so that kernels take another path.
+  public let emulatesRing0: Bool
 
   /// The policy of a machine with `cpus` vCPUs.
-  public init(cpus: Int) {
+  public init(cpus: Int, emulatesRing0: Bool = false) {
     self.cpus = cpus
+    self.emulatesRing0 = emulatesRing0
   }
 
   /// The leaves of one vCPU.
@@ -25,7 +29,7 @@ public struct CPUIDPolicy: Sendable {
   private static let replaced: Set<UInt32> = [0xa, 0xb, 0x12, 0x14, 0x1d, 0x1e, 0x1f]
 
   private func mask(_ leaf: CPUIDLeaf, apicID: UInt32) -> CPUIDLeaf {
-    var leaf = leaf
+    var leaf = emulatesRing0 ? Self.withoutMissingInstructions(leaf) : leaf
     let logical = UInt32(cpus)
     switch (leaf.function, leaf.index) {
     case (0x1, _):
@@ -59,6 +63,26 @@ public struct CPUIDPolicy: Sendable {
       leaf.eax = apicID
       leaf.ebx = apicID & 0xff
       leaf.ecx = 0
+    default: break
+    }
+    return leaf
+  }
+
+  /// What a paravirtual KVM's emulator cannot do in ring 0.
+  private static func withoutMissingInstructions(_ leaf: CPUIDLeaf) -> CPUIDLeaf {
+    var leaf = leaf
+    switch (leaf.function, leaf.index) {
+    case (0x1, _):
+      // PCID (INVPCID goes with it), CMPXCHG16B, MOVBE, POPCNT.
+      leaf.ecx &= ~(1 << 17 | 1 << 13 | 1 << 22 | 1 << 23)
+    case (0x7, 0):
+      // BMI1, BMI2, INVPCID, SMAP, CLFLUSHOPT, CLWB; UMIP, RDPID.
+      leaf.ebx &= ~(1 << 3 | 1 << 8 | 1 << 10 | 1 << 20 | 1 << 23 | 1 << 24)
+      leaf.ecx &= ~(1 << 2 | 1 << 22)
+    case (0x8000_0001, _):
+      // LZCNT; RDTSCP.
+      leaf.ecx &= ~(1 << 5)
+      leaf.edx &= ~(1 << 27)
     default: break
     }
     return leaf

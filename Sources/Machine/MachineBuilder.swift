@@ -52,7 +52,8 @@ public struct MachineBuilder {
       virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .inKernel)
       try setSlots(virtualMachine)
       let supported = try accelerator.supportedCPUID()
-      let policy = CPUIDPolicy(cpus: configuration.cpus)
+      let policy = CPUIDPolicy(
+        cpus: configuration.cpus, emulatesRing0: !accelerator.capabilities.contains(.nativeRing0))
       for index in 0..<configuration.cpus {
         let leaves = policy.leaves(supported: supported, apicID: UInt32(index))
         vcpus.append(try virtualMachine.makeVCPU(index: index, cpuid: leaves))

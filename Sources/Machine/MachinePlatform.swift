@@ -18,7 +18,13 @@ struct MachinePlatform {
     _ configuration: MachineConfiguration, memory: GuestMemory, map: MemoryMap, clock: any DeviceClock,
     machine: any MachineControl, interrupts: any InterruptSink
   ) throws(DeviceModelError) {
-    func line(_ gsi: UInt32) -> InterruptLine.Source { InterruptLine(gsi: gsi, sink: interrupts).makeSource() }
+    // Devices on one interrupt share its line.
+    var lines: [UInt32: InterruptLine] = [:]
+    func line(_ gsi: UInt32) -> InterruptLine.Source {
+      let line = lines[gsi] ?? InterruptLine(gsi: gsi, sink: interrupts)
+      lines[gsi] = line
+      return line.makeSource()
+    }
     let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
     self.power = power
     pci = PCIHost(ports: ports, memory: memoryBus, interrupts: interrupts)
@@ -34,6 +40,8 @@ struct MachinePlatform {
     try add(I8042(line: line(1), machine: machine))
     try add(ResetControl(machine: machine))
     try add(DebugExit(machine: machine))
+    // QEMU's test device: kvm-unit-tests raise interrupts through it. No guest finds its ports by chance.
+    try add(TestDevice(lines: TestDevice.interrupts.map { line($0) }))
     try add(DebugConsole(output: configuration.serial))
     try add(pci)
     try add(PCIHostBridge(host: pci, interrupts: interrupts), at: PCIHostBridge.address)
