@@ -61,7 +61,8 @@ public struct QMPEvent: Equatable, Sendable {
 
   /// Every event with what it tells, for `query-qmp-schema`.
   static let catalogue: [(name: String, data: [QMPType.Member])] = [
-    ("STOP", []), ("RESUME", []), ("POWERDOWN", []), ("SUSPEND", []), ("WAKEUP", []), ("SHUTDOWN", causeMembers), ("RESET", causeMembers),
+    ("STOP", []), ("RESUME", []), ("POWERDOWN", []), ("SUSPEND", []), ("WAKEUP", []), ("SHUTDOWN", causeMembers),
+    ("RESET", causeMembers),
     (
       "GUEST_PANICKED",
       [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]

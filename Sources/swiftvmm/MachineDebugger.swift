@@ -184,7 +184,9 @@ final class MachineDebugger: DebugTarget {
   func writeMemory(_ bytes: [UInt8], at address: UInt64, of thread: Int) -> Int {
     var written = 0
     forEachPage(address, count: bytes.count, of: thread) { physical, run in
-      guard (try? machine.memory.write(Array(bytes[written..<written + run]), to: physical)) != nil else { return false }
+      guard (try? machine.memory.write(Array(bytes[written..<written + run]), to: physical)) != nil else {
+        return false
+      }
       written += run
       return true
     }
