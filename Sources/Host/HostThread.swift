@@ -68,9 +68,20 @@ public struct ThreadIdentity: Sendable {
   /// The calling thread.
   public static var current: ThreadIdentity { ThreadIdentity(id: clinux_gettid()) }
 
+  /// The calling thread, from now on one that `interrupt` reaches.
+  ///
+  /// Threads inherit their creator's signal mask, and the workers that run Swift's tasks block every signal.
+  public static func becomeInterruptible() -> ThreadIdentity {
+    var signals = sigset_t()
+    sigemptyset(&signals)
+    sigaddset(&signals, kickSignal)
+    pthread_sigmask(SIG_UNBLOCK, &signals, nil)
+    return current
+  }
+
   /// Makes system calls of that thread that can be interrupted return EINTR.
   ///
-  /// A thread that has ended is no error: there is nothing left to interrupt.
+  /// It must have called `becomeInterruptible`. A thread that has ended is no error: there is nothing left to interrupt.
   public func interrupt() {
     _ = clinux_tgkill(getpid(), id, Self.kickSignal)
   }
