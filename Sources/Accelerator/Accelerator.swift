@@ -35,7 +35,7 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let readOnlyMemory = Self(rawValue: 1 << 0)
   /// Pages written by the guest, as a bitmap a slot.
   public static let dirtyLog = Self(rawValue: 1 << 1)
-  /// Pages written by the guest, as a ring a vCPU.
+  /// Pages written by the guest, as a ring a vCPU that never overflows.
   public static let dirtyRing = Self(rawValue: 1 << 2)
   /// PIC, IOAPIC, LAPIC and PIT in the accelerator.
   public static let inKernelInterrupts = Self(rawValue: 1 << 3)

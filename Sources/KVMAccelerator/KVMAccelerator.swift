@@ -53,12 +53,16 @@ public final class KVMAccelerator: Accelerator {
     modelSpecificIndices = try Self.savedRegisterIndices(descriptor)
     var capabilities: AcceleratorCapabilities = [.dirtyLog]
     if has(KVM_CAP_READONLY_MEM) { capabilities.insert(.readOnlyMemory) }
-    if has(KVM_CAP_DIRTY_LOG_RING) { capabilities.insert(.dirtyRing) }
     if has(KVM_CAP_IRQCHIP), has(KVM_CAP_PIT2) { capabilities.insert(.inKernelInterrupts) }
     if has(KVM_CAP_SPLIT_IRQCHIP) { capabilities.insert(.splitInterrupts) }
     if has(KVM_CAP_IRQFD), has(KVM_CAP_IOEVENTFD) { capabilities.insert(.eventNotifiers) }
     if has(KVM_CAP_SET_GUEST_DEBUG) { capabilities.insert(.guestDebug) }
-    if Self.hasHardwareVirtualization() { capabilities.formUnion([.nativeRing0, .watchpoints]) }
+    if Self.hasHardwareVirtualization() {
+      capabilities.formUnion([.nativeRing0, .watchpoints])
+      // Without, KVM emulates runs of ring-0 instructions between its looks at the ring: it exits too late, and entries
+      // that nobody has read are overwritten.
+      if has(KVM_CAP_DIRTY_LOG_RING) { capabilities.insert(.dirtyRing) }
+    }
     self.capabilities = capabilities
   }
 

@@ -43,9 +43,10 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Runs the guest (`KVM_RUN`).
   public func run() throws(AcceleratorError) -> VCPUExit {
-    let thread = ThreadIdentity.current.id
     // Sequentially consistent here and in `kick`: one of the two sees what the other stored.
-    if runner.load(ordering: .relaxed) != thread { runner.store(thread, ordering: .sequentiallyConsistent) }
+    if runner.load(ordering: .relaxed) != ThreadIdentity.current.id {
+      runner.store(ThreadIdentity.becomeInterruptible().id, ordering: .sequentiallyConsistent)
+    }
     if let exit = try enter() { return exit }
     // A kick from here on is answered by this return, or sets the flag anew for the next run.
     isKicked.store(false, ordering: .sequentiallyConsistent)

@@ -44,7 +44,7 @@ public final class KVMVirtualMachine: VirtualMachine {
     hasExceptionPayloads = try Self.enableWhereKnown(KVM_CAP_EXCEPTION_PAYLOAD, on: number, accelerator)
     hasTripleFaultEvents = try Self.enableWhereKnown(KVM_CAP_X86_TRIPLE_FAULT_EVENT, on: number, accelerator)
     if let entries = accelerator.dirtyRingEntries {
-      guard accelerator.capabilities.contains(.dirtyRing) else {
+      guard accelerator.extensionValue(KVM_CAP_DIRTY_LOG_RING) > 0 else {
         throw .unsupported(engine: "kvm", what: "the dirty ring (KVM_CAP_DIRTY_LOG_RING)")
       }
       try Self.enable(KVM_CAP_DIRTY_LOG_RING, UInt64(entries * MemoryLayout<kvm_dirty_gfn>.stride), on: number)
