@@ -1,4 +1,5 @@
 import Accelerator
+import GuestMemory
 import KVMAccelerator
 import Testing
 
@@ -35,13 +36,23 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
 
   /// What the test needs beside what this set-up always has.
   private var required: AcceleratorCapabilities {
-    var required: AcceleratorCapabilities = dirtyRingEntries == nil ? [] : .dirtyRing
     switch interrupts {
-    case .inKernel: required.insert(.inKernelInterrupts)
-    case .split: required.insert(.splitInterrupts)
-    case .userSpace: break
+    case .inKernel: .inKernelInterrupts
+    case .split: .splitInterrupts
+    case .userSpace: []
     }
-    return required
+  }
+
+  /// A virtual machine of the accelerator, where the host has what this set-up takes.
+  func machine(
+    _ accelerator: any Accelerator, _ memory: GuestMemory
+  ) throws -> any VirtualMachine {
+    do throws(AcceleratorError) {
+      return try accelerator.makeVirtualMachine(memory: memory, interrupts: interrupts)
+    } catch {
+      guard case .unsupported = error else { throw error }
+      try Test.cancel("\(testDescription): \(error)")
+    }
   }
 
   /// The accelerator, where this host has it with `capabilities`; else the test is skipped with the reason.

@@ -41,7 +41,7 @@ final class TestMachine {
     memory = try GuestMemory([
       Self.range(0, Self.low), Self.range(0x2000_0000, 1 << 16), Self.range(Self.high, 2 << 20),
     ])
-    machine = try accelerator.makeVirtualMachine(memory: memory, interrupts: subject.interrupts)
+    machine = try subject.machine(accelerator, memory)
     for (number, region) in [memory.regions[0], memory.regions[2]].enumerated() {
       try machine.setMemorySlot(
         MemorySlot(
