@@ -37,12 +37,6 @@ public struct MachineBuilder {
     request.loadAddress = configuration.loadAddress
     request.firmware = configuration.firmware
     request.acpiRSDP = tables?.rsdp
-    // kvm-unit-tests are Multiboot images and expect it; other kernels never touch it.
-    let hasTestDevice = try boot { () throws(BootError) in
-      try configuration.image.map { image throws(BootError) in
-        try BootCatalogue.kind(of: image, loadAddress: configuration.loadAddress) == .multiboot
-      }
-    }
     // What can be refused is refused before anything is allocated.
     try boot { () throws(BootError) in try BootCatalogue.check(request) }
 
@@ -71,7 +65,7 @@ public struct MachineBuilder {
     do {
       platform = try MachinePlatform(
         configuration, memory: memory, map: map, clock: clock, machine: link,
-        interrupts: VirtualMachineInterrupts(virtualMachine), hasTestDevice: hasTestDevice ?? false)
+        interrupts: VirtualMachineInterrupts(virtualMachine))
     } catch {
       throw .device(error)
     }

@@ -16,7 +16,7 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, memory: GuestMemory, map: MemoryMap, clock: any DeviceClock,
-    machine: any MachineControl, interrupts: any InterruptSink, hasTestDevice: Bool = false
+    machine: any MachineControl, interrupts: any InterruptSink
   ) throws(DeviceModelError) {
     // Devices on one interrupt share its line.
     var lines: [UInt32: InterruptLine] = [:]
@@ -45,7 +45,6 @@ struct MachinePlatform {
     try add(DebugConsole(output: configuration.serial))
     try add(pci)
     try add(PCIHostBridge(host: pci, interrupts: interrupts), at: PCIHostBridge.address)
-    if hasTestDevice { try add(TestDevice(lines: TestDevice.interrupts.map { line($0) })) }
     try add(
       FirmwareConfiguration(
         memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))
