@@ -32,9 +32,9 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
   public var description: String {
     switch self {
     case .missing(let engine, let path, let reason):
-      "engine \(engine): cannot open \(path): \(reason); use --engine soft, or load the host's KVM module"
+      "engine \(engine): cannot open \(path): \(reason); load the host's kvm_intel or kvm_amd module"
     case .noPermission(let path):
-      "engine kvm: no permission to open \(path): join the group that owns it (usually kvm), or use --engine soft"
+      "engine kvm: no permission to open \(path): join the group that owns it (usually kvm)"
     case .interfaceVersion(let found, let wanted):
       "engine kvm: the kernel speaks KVM interface version \(found), this program version \(wanted)"
     case .unsupported(let engine, let what): "engine \(engine): this host lacks \(what)"

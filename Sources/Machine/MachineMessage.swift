@@ -49,7 +49,7 @@ enum MachineMessage {
     case .crash(.emulationFailure, let vcpu):
       [
         "the guest crashed: vCPU \(vcpu) met an instruction that this host's KVM cannot execute",
-        "without VMX or SVM, KVM emulates ring 0 and lacks this instruction; use --engine soft, or a host with VMX or SVM",
+        "without VMX or SVM, KVM emulates ring 0 and lacks this instruction; run the guest on a host with VMX or SVM",
       ]
     case .crash(.memoryFault(let address), let vcpu):
       [
@@ -64,7 +64,7 @@ enum MachineMessage {
     case .crash(.internalError(let subcode, let data), let vcpu):
       [
         "the guest crashed: the host's KVM gave up on vCPU \(vcpu), suberror \(subcode), data 0x\(String(data, radix: 16))",
-        "the host's kernel log may say more; --engine soft does not depend on it",
+        "the host's kernel log may say more",
       ]
     case .crash(.reportedByGuest, let vcpu):
       ["the guest reported that it crashed, on vCPU \(vcpu)", "its own console has the reason"]

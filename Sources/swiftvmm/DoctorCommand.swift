@@ -80,7 +80,7 @@ struct DoctorCommand: ParsableCommand {
       accelerator = try KVMAccelerator()
     } catch {
       return [
-        Finding(subject: "kvm", state: .missing, value: "\(error)", remedy: "swiftvmm run --engine soft needs no KVM")
+        Finding(subject: "kvm", state: .missing, value: "\(error)", remedy: "load the host's kvm_intel or kvm_amd module, or ask for nested virtualization")
       ]
     }
     var findings: [Finding] = []
@@ -91,7 +91,7 @@ struct DoctorCommand: ParsableCommand {
         Finding(
           subject: "kvm", state: .limited,
           value: "paravirtual: no VMX or SVM, the kernel emulates ring 0 at 1-2 million instructions a second",
-          remedy: "sample guests run; for a real operating system use --engine soft, or a host with VMX or SVM"))
+          remedy: "sample guests run; a real operating system needs a host with VMX or SVM"))
     }
     let names: [(AcceleratorCapabilities, String)] = [
       (.readOnlyMemory, "read-only memory"), (.dirtyLog, "dirty log"), (.dirtyRing, "dirty ring"),
