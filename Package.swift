@@ -32,6 +32,8 @@ let fuzzers: [Target] =
   : [
     .target(name: "CFuzz", path: "Fuzz/CFuzz"),
     fuzzer("FuzzBoot", ["Accelerator", "Boot", "GuestMemory"]),
+    fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
+    fuzzer("FuzzQMP", ["JSON", "Monitor"]),
   ]
 
 let package = Package(

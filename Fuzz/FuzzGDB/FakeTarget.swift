@@ -1,0 +1,1 @@
+../../Tests/GDBStubTests/FakeTarget.swift

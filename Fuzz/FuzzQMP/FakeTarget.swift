@@ -1,0 +1,1 @@
+../../Tests/MonitorTests/FakeTarget.swift
