@@ -42,7 +42,12 @@ static void ignore(int signal) { (void)signal; }
 int clinux_install_kick_handler(int signal) {
   struct sigaction action = {.sa_handler = ignore};
   sigemptyset(&action.sa_mask);
-  return sigaction(signal, &action, 0);
+  if (sigaction(signal, &action, 0) < 0) return -1;
+  // Whoever starts this program may have it blocked, and threads and programs inherit that.
+  sigset_t mask;
+  sigemptyset(&mask);
+  sigaddset(&mask, signal);
+  return pthread_sigmask(SIG_UNBLOCK, &mask, 0) == 0 ? 0 : -1;
 }
 
 struct clinux_cpuid_result clinux_cpuid(uint32_t function, uint32_t index) {

@@ -86,7 +86,8 @@ public struct ThreadIdentity: Sendable {
     _ = clinux_tgkill(getpid(), id, Self.kickSignal)
   }
 
-  /// Installs the kick signal's empty handler, once per process.
+  /// Installs the kick signal's empty handler, once per process, and lets the signal through to the calling thread and
+  /// those that it starts from now on.
   public static func installKickHandler() throws(HostError) {
     _ = try check("sigaction", clinux_install_kick_handler(kickSignal))
   }

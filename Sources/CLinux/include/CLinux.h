@@ -119,7 +119,8 @@ void clinux_name_thread(const char *name);
 int clinux_gettid(void);
 int clinux_tgkill(int process, int thread, int signal);
 
-/// Installs a handler that does nothing, without SA_RESTART, so that the signal makes KVM_RUN return EINTR.
+/// Installs a handler that does nothing, without SA_RESTART, so that the signal makes KVM_RUN return EINTR; and
+/// unblocks the signal for the calling thread.
 int clinux_install_kick_handler(int signal);
 
 // Guest memory is shared with running vCPUs: every access is volatile, and naturally aligned ones are single.
