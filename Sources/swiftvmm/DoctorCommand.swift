@@ -80,7 +80,9 @@ struct DoctorCommand: ParsableCommand {
       accelerator = try KVMAccelerator()
     } catch {
       return [
-        Finding(subject: "kvm", state: .missing, value: "\(error)", remedy: "load the host's kvm_intel or kvm_amd module, or ask for nested virtualization")
+        Finding(
+          subject: "kvm", state: .missing, value: "\(error)",
+          remedy: "load the host's kvm_intel or kvm_amd module, or ask for nested virtualization")
       ]
     }
     var findings: [Finding] = []
