@@ -1,11 +1,15 @@
 import DeviceModel
 import DeviceTesting
+import Foundation
 import PlatformDevices
 import StateTree
 import Testing
 
-/// Fixed seeds, and one of the day; a failure names its seed.
-private let seeds: [UInt64] = [1, 2, 3, UInt64.random(in: 4..<1 << 32)]
+/// Fixed seeds, and new ones each time: one, or DEVICE_SEEDS of them for a long run. A failure names its seed.
+private let seeds: [UInt64] = {
+  let count = ProcessInfo.processInfo.environment["DEVICE_SEEDS"].flatMap { Int($0) } ?? 1
+  return [1, 2, 3] + (0..<count).map { _ in UInt64.random(in: 4..<1 << 32) }
+}()
 
 /// A guest that accesses a device without sense; the same seed makes the same accesses.
 private struct WildGuest {

@@ -1,4 +1,5 @@
 import DeviceTesting
+import Foundation
 import PlatformDevices
 import Synchronization
 import Testing
@@ -100,6 +101,27 @@ import Testing
     feed()
     var received: [UInt8] = []
     while read(5) & 1 != 0 { received.append(UInt8(read(0))) }
+    #expect(received == paste)
+  }
+
+  @Test(.timeLimit(.minutes(1))) func nothingIsLostBetweenThreads() throws {
+    write(2, 0x01)
+    let paste = (0..<20_000).map { UInt8(truncatingIfNeeded: $0 &* 31) }
+    let serial = serial
+    let thread = Thread {
+      var position = 0
+      while position < paste.count {
+        let room = DispatchSemaphore(value: 0)
+        let taken = serial.receive(Array(paste[position...].prefix(64))) { room.signal() }
+        position += taken
+        if taken < min(64, paste.count - position + taken) { room.wait() }
+      }
+    }
+    thread.start()
+    var received: [UInt8] = []
+    while received.count < paste.count {
+      if read(5) & 1 != 0 { received.append(UInt8(read(0))) } else { sched_yield() }
+    }
     #expect(received == paste)
   }
 
