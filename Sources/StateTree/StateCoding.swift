@@ -125,9 +125,10 @@ extension StateNode {
 /// CRC-32 (ISO 3309), as zlib computes it.
 func crc32(_ bytes: [UInt8]) -> UInt32 {
   var crc: UInt32 = 0xffff_ffff
-  for byte in bytes {
-    crc ^= UInt32(byte)
-    for _ in 0..<8 { crc = crc & 1 == 1 ? crc >> 1 ^ 0xedb8_8320 : crc >> 1 }
-  }
+  for byte in bytes { crc = crc >> 8 ^ crcOfByte[Int(UInt8(truncatingIfNeeded: crc) ^ byte)] }
   return ~crc
+}
+
+private let crcOfByte: [UInt32] = (0..<256).map { byte in
+  (0..<8).reduce(UInt32(byte)) { crc, _ in crc & 1 == 1 ? crc >> 1 ^ 0xedb8_8320 : crc >> 1 }
 }

@@ -44,11 +44,11 @@ import Testing
   }
 
   @Test func neverTrap() {
-    var random = SystemRandomNumberGenerator()
+    var random = SplitMix(state: 1)
     var node = Self.state.node(index: 0)
     let payload = node.payload
     var read = 0
-    for round in 0..<20_000 {
+    for round in 0..<5_000 {
       if round % 2 == 0 {
         node.payload = payload
         node.payload[Int.random(in: 0..<payload.count, using: &random)] ^= 1 << UInt8.random(in: 0..<8, using: &random)
@@ -59,6 +59,18 @@ import Testing
       if (try? VCPUState(node, index: 0)) != nil { read += 1 }
     }
     // A flipped bit in a plain register is a state all the same; noise is none.
-    #expect(read > 0 && read <= 10_000)
+    #expect(read > 0 && read <= 2_500)
+  }
+}
+
+/// Steele, Lea and Flood's generator: the same inputs in every run.
+private struct SplitMix: RandomNumberGenerator {
+  var state: UInt64
+
+  mutating func next() -> UInt64 {
+    state &+= 0x9e37_79b9_7f4a_7c15
+    var mixed = (state ^ state >> 30) &* 0xbf58_476d_1ce4_e5b9
+    mixed = (mixed ^ mixed >> 27) &* 0x94d0_49bb_1331_11eb
+    return mixed ^ mixed >> 31
   }
 }
