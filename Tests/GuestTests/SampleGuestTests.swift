@@ -83,10 +83,10 @@ struct SampleGuestTests {
 
   @Test func aTripleFaultEndsWithACrashReport() throws {
     let folder = try TemporaryFolder()
-    // lidt of an empty table; ud2
-    let image = try folder.file(
-      "crash.img", bootSector([0x0f, 0x01, 0x1e, 0x10, 0x7c, 0x0f, 0x0b] + [UInt8](repeating: 0, count: 16)))
-    let result = try VMM.run("run", image, "--engine", "kvm", "--time-limit", "60")
+    // ud2, in protected mode with the empty IDT that a flat binary starts with
+    let image = try folder.file("crash.bin", [0x0f, 0x0b])
+    let result = try VMM.run(
+      "run", image, "--load-address", "0x100000", "--engine", "kvm", "--time-limit", "60")
     #expect(result.status == 134)
     #expect(result.errors.contains("triple fault on vCPU 0"))
     #expect(result.errors.contains("RAX"))
