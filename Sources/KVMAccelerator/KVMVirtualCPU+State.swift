@@ -222,7 +222,8 @@ extension KVMVirtualCPU {
     return result
   }
 
-  /// Writes the registers; one that the host refuses with the value it was read with is skipped, as it is read-only there.
+  /// Writes the registers. One that the host refuses is skipped where it has that value anyhow (it is read-only there),
+  /// or where it is 0 and the host lacks it.
   func writeModelSpecificRegisters(_ registers: [ModelSpecificRegister]) throws(AcceleratorError) {
     let ordered = registers.filter { $0.index != Self.tscDeadline } + registers.filter { $0.index == Self.tscDeadline }
     let table = MSRTable(ordered)
@@ -232,7 +233,7 @@ extension KVMVirtualCPU {
       first += done
       guard refused else { continue }
       let present = try readModelSpecificRegisters([table[first].index])
-      guard present.isEmpty || present[0].value == table[first].value else {
+      guard present.first?.value ?? 0 == table[first].value else {
         throw .modelSpecificRegister(index: table[first].index, write: true)
       }
       first += 1

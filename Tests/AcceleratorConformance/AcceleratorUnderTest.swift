@@ -51,7 +51,7 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
       return try accelerator.makeVirtualMachine(memory: memory, interrupts: interrupts)
     } catch {
       guard case .unsupported = error else { throw error }
-      try Test.cancel("\(testDescription): \(error)")
+      try skip("\(error)")
     }
   }
 
@@ -62,14 +62,29 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
       accelerator = try open()
     } catch {
       switch error {
-      case .missing, .noPermission: try Test.cancel("\(testDescription): \(error)")
+      case .missing, .noPermission: try skip("\(error)")
       default: throw error
       }
     }
     let missing = capabilities.union(required).subtracting(accelerator.capabilities)
     guard missing.isEmpty else {
-      try Test.cancel("\(testDescription): this host lacks capabilities 0x\(String(missing.rawValue, radix: 16))")
+      try skip(
+        "this host lacks " + Self.names.filter { !missing.isDisjoint(with: $0.0) }.map(\.1).joined(separator: ", "))
     }
     return accelerator
   }
+
+  /// Ends the test without a verdict. The reason is printed: the library keeps a cancelled case's to itself.
+  func skip(_ reason: String) throws -> Never {
+    print("skipped: \(Test.current?.name ?? "a test") on \(testDescription): \(reason)")
+    try Test.cancel("\(reason)")
+  }
+
+  private static let names: [(AcceleratorCapabilities, String)] = [
+    (.readOnlyMemory, "read-only memory"), (.dirtyLog, "a dirty log"), (.dirtyRing, "a dirty ring"),
+    (.inKernelInterrupts, "interrupt controllers in the accelerator"),
+    (.splitInterrupts, "split interrupt controllers"),
+    (.eventNotifiers, "event descriptors"), (.guestDebug, "guest debugging"), (.watchpoints, "watchpoints"),
+    (.nativeRing0, "ring 0 at full speed"), (.executePermission, "execute permissions"),
+  ]
 }

@@ -93,6 +93,23 @@ import Testing
     try machine.machine.detachInterrupt(20, eventDescriptor: event.descriptor.rawValue)
   }
 
+  @Test(arguments: AcceleratorUnderTest.catalogue.filter { $0.interrupts == .split })
+  func endForAnIOAPICInTheVMM(_ subject: AcceleratorUnderTest) throws {
+    let machine = try TestMachine(subject)
+    // Bits 14 and 15: asserted, level-triggered. Its end is the IOAPIC's business, so it exits.
+    let route = InterruptRoute(
+      gsi: 20, target: .message(address: Self.messageAddress, data: Self.messageData | 0xc000))
+    try machine.machine.setInterruptRoutes([route])
+    try machine.setHandler(0x31, "handler_apic")
+    try machine.start("apic")
+    try #require(try machine.next() == .ready)
+    try machine.machine.setInterruptLine(20, level: true)
+    // Which comes first is the accelerator's affair: the handler speaks right after its end of interrupt.
+    let events = [try machine.next(), try machine.next()]
+    #expect(events.contains(.endOfInterrupt(0x31)))
+    #expect(events.contains(.handled))
+  }
+
   @Test(arguments: AcceleratorUnderTest.withoutController)
   func areInjectedThroughTheWindow(_ subject: AcceleratorUnderTest) throws {
     let machine = try wait(subject, "window", vector: 0x31, handler: "handler")

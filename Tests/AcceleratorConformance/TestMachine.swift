@@ -143,8 +143,9 @@ final class TestMachine {
     change(&state.general)
     state.system = Self.system(mode, keeping: state.system)
     state.activity = .runnable
-    let features = try accelerator.supportedCPUID().first { $0.function == 1 }?.ecx ?? 0
-    state.xcr0 = features & 1 << 28 != 0 ? 7 : 3
+    // x87, SSE and, where the accelerator knows it, AVX (SDM vol. 1, 13.3).
+    let components = try accelerator.supportedCPUID().first { $0.function == 0xd && $0.index == 0 }?.eax ?? 3
+    state.xcr0 = UInt64(components & 7)
     try vcpus[processor].writeState(state)
   }
 

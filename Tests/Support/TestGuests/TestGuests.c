@@ -8,6 +8,8 @@ struct entry {
 };
 extern const struct entry __start_test_guests[], __stop_test_guests[];
 
+int test_processor_has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
+
 const uint8_t *test_guest(const char *name, long *size) {
   for (const struct entry *entry = __start_test_guests; entry < __stop_test_guests; entry++) {
     if (strcmp(entry->name, name)) continue;

@@ -4,3 +4,6 @@
 
 /// First byte of the guest called `name`, and its size; null where there is none.
 const uint8_t *test_guest(const char *name, long *size);
+
+/// Whether the processor that this program runs on has AVX2.
+int test_processor_has_avx2(void);
