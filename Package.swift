@@ -57,6 +57,9 @@ let package = Package(
     library("JSON"),
     library("Accelerator", ["GuestMemory", "StateTree"]),
     library("X86", settings: hot),
+    .target(name: "CSoftCPU"),
+    library(
+      "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "StateTree", "X86"], settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
 
     // The machine.
@@ -90,6 +93,7 @@ let package = Package(
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
+    tests("SoftAcceleratorTests", ["Accelerator", "CSoftCPU", "GuestMemory", "SoftAccelerator", "X86"]),
     tests("BootTests", ["Accelerator", "Boot", "GuestMemory", "Host"]),
     // A clock, a machine and an interrupt sink in the test's hand.
     .target(

@@ -1,0 +1,195 @@
+import CSoftCPU
+import X86
+
+/// A linear address translated: what the TLB keeps.
+struct Translation {
+  /// The guest-physical address of the 4 KiB page.
+  var page: UInt64
+  /// Whether the guest's page tables let the access be a write, and the page is dirty.
+  var isWritable: Bool
+  /// Whether the page is larger than 4 KiB.
+  var isLarge: Bool
+}
+
+/// The guest's page tables as the CPU walks them (SDM vol. 3, chapter 4): A and D are set with atomic updates.
+extension Processor {
+  /// Walks the page tables for an access.
+  ///
+  /// - Throws: #PF with `faultAddress` set.
+  func walk(_ linear: UInt64, _ access: PageAccess) throws(Interruption) -> Translation {
+    if cpu.pointee.cr0 & CR0.pg.rawValue == 0 {
+      return Translation(page: linear & 0xffff_f000, isWritable: true, isLarge: false)
+    }
+    let isLong = cpu.pointee.efer & EFER.lma.rawValue != 0
+    if !isLong, cpu.pointee.cr4 & CR4.pae.rawValue == 0 { return try walk32(linear, access) }
+
+    var level: UInt64
+    var table: UInt64
+    if isLong {
+      level = cpu.pointee.cr4 & CR4.la57.rawValue != 0 ? 5 : 4
+      table = cpu.pointee.cr3
+    } else {
+      // The four entries were loaded with CR3.
+      table = soft_pdptes(cpu)[Int(linear >> 30 & 3)]
+      guard table & 1 != 0 else { throw pageFault(linear, access, []) }
+      level = 2
+    }
+    table &= Self.addressMask
+    let noExecute = cpu.pointee.efer & EFER.nxe.rawValue != 0
+    var reserved: UInt64 = Self.addressMask & ~((1 << features.physicalAddressBits) &- 1)
+    if !noExecute { reserved |= 1 << 63 }
+    if !isLong { reserved |= 0x7ff0_0000_0000_0000 }
+    /// The rights that all levels leave: R/W and U/S as in an entry, and XD inverted.
+    var rights: UInt64 = PageTableEntry.writable.rawValue | PageTableEntry.user.rawValue | 1 << 63
+    while true {
+      let number = linear >> (3 &+ 9 &* level) & 0x1ff
+      let address = table | number << 3
+      let pointer = try entryPointer(address, linear, access)
+      var entry = pointer.load(as: UInt64.self)
+      while true {
+        guard entry & 1 != 0 else { throw pageFault(linear, access, []) }
+        let isLeaf = level == 1 || entry & PageTableEntry.pageSize.rawValue != 0 && level <= 3
+        var forbidden = reserved
+        if !isLeaf, level > 1, entry & PageTableEntry.pageSize.rawValue != 0 {
+          forbidden |= PageTableEntry.pageSize.rawValue
+        } else if isLeaf, level > 1 {
+          // Bit 12 is PAT; the bits between it and the page's address are reserved.
+          let offsetBits = 3 &+ 9 &* level
+          forbidden |= ((1 << offsetBits) &- 1) & ~0x1fff
+          if level == 3, !features.hasGigabytePages { forbidden |= PageTableEntry.pageSize.rawValue }
+        }
+        guard entry & forbidden == 0 else { throw pageFault(linear, access, [.present, .reserved]) }
+        let all = rights & (entry ^ 1 << 63)
+        guard isLeaf else {
+          if entry & PageTableEntry.accessed.rawValue != 0
+            || soft_cas64(pointer, &entry, entry | PageTableEntry.accessed.rawValue)
+          {
+            rights = all
+            break
+          }
+          continue
+        }
+        try check(linear, access, rights: all, key: entry >> 59 & 15, isLong: isLong)
+        let wanted =
+          PageTableEntry.accessed.rawValue | (access.contains(.write) ? PageTableEntry.dirty.rawValue : 0)
+        if entry & wanted == wanted || soft_cas64(pointer, &entry, entry | wanted) {
+          let offsetBits = 3 &+ 9 &* level
+          let offsetMask: UInt64 = (1 << offsetBits) &- 1
+          return Translation(
+            page: entry & Self.addressMask & ~offsetMask | linear & offsetMask & ~0xfff,
+            isWritable: access.contains(.write) || isWritableNow(entry | wanted, all, access), isLarge: level > 1)
+        }
+      }
+      table = entry & Self.addressMask
+      level &-= 1
+    }
+  }
+
+  /// Two levels of 4-byte entries (SDM vol. 3, 4.3).
+  private func walk32(_ linear: UInt64, _ access: PageAccess) throws(Interruption) -> Translation {
+    var table = cpu.pointee.cr3 & 0xffff_f000
+    var rights: UInt64 = PageTableEntry.writable.rawValue | PageTableEntry.user.rawValue | 1 << 63
+    var level: UInt64 = 2
+    while true {
+      let number = linear >> (2 &+ 10 &* level) & 0x3ff
+      let address = table | number << 2
+      let pointer = try entryPointer(address, linear, access)
+      var entry = pointer.load(as: UInt32.self)
+      while true {
+        guard entry & 1 != 0 else { throw pageFault(linear, access, []) }
+        let isLarge = level == 2 && entry & 0x80 != 0 && cpu.pointee.cr4 & CR4.pse.rawValue != 0
+        // Bits 20:13 of a 4 MiB page's entry are address bits 39:32 (PSE-36); bit 21 is reserved.
+        if isLarge, entry & 1 << 21 != 0 { throw pageFault(linear, access, [.present, .reserved]) }
+        let all = rights & (UInt64(entry) | 1 << 63)
+        guard isLarge || level == 1 else {
+          if entry & 0x20 != 0 || soft_cas32(pointer, &entry, entry | 0x20) {
+            rights = all
+            break
+          }
+          continue
+        }
+        try check(linear, access, rights: all, key: 0, isLong: false)
+        let wanted: UInt32 = access.contains(.write) ? 0x60 : 0x20
+        if entry & wanted == wanted || soft_cas32(pointer, &entry, entry | wanted) {
+          let page: UInt64 =
+            isLarge
+            ? UInt64(entry & 0xffc0_0000) | UInt64(entry >> 13 & 0xff) << 32 | linear & 0x3f_f000
+            : UInt64(entry & 0xffff_f000)
+          return Translation(
+            page: page, isWritable: access.contains(.write) || isWritableNow(UInt64(entry | wanted), all, access),
+            isLarge: isLarge)
+        }
+      }
+      table = UInt64(entry & 0xffff_f000)
+      level = 1
+    }
+  }
+
+  private static let addressMask: UInt64 = 0x000f_ffff_ffff_f000
+
+  /// Whether a translation made for a read serves writes as well.
+  private func isWritableNow(_ entry: UInt64, _ rights: UInt64, _ access: PageAccess) -> Bool {
+    entry & PageTableEntry.dirty.rawValue != 0 && cpu.pointee.cr4 & CR4.pke.rawValue == 0
+      && (rights & PageTableEntry.writable.rawValue != 0
+        || !access.contains(.user) && cpu.pointee.cr0 & CR0.wp.rawValue == 0)
+  }
+
+  /// Checks the rights that a walk ended with (SDM vol. 3, 4.6). `rights` has XD inverted.
+  private func check(
+    _ linear: UInt64, _ access: PageAccess, rights: UInt64, key: UInt64, isLong: Bool
+  ) throws(Interruption) {
+    let isUserPage = rights & PageTableEntry.user.rawValue != 0
+    let isWritable = rights & PageTableEntry.writable.rawValue != 0
+    let cr4 = CR4(rawValue: cpu.pointee.cr4)
+    if access.contains(.user) {
+      guard isUserPage, isWritable || !access.contains(.write) else { throw pageFault(linear, access, .present) }
+    } else {
+      if access.contains(.write), !isWritable, cpu.pointee.cr0 & CR0.wp.rawValue != 0 {
+        throw pageFault(linear, access, .present)
+      }
+      if isUserPage {
+        if access.contains(.fetch) {
+          if cr4.contains(.smep) { throw pageFault(linear, access, .present) }
+        } else if cr4.contains(.smap),
+          access.contains(.implicit) || cpu.pointee.other_flags & RFLAGS.ac.rawValue == 0
+        {
+          throw pageFault(linear, access, .present)
+        }
+      }
+    }
+    if access.contains(.fetch) {
+      if rights >> 63 == 0, cpu.pointee.efer & EFER.nxe.rawValue != 0 { throw pageFault(linear, access, .present) }
+    } else if isLong, isUserPage, cr4.contains(.pke) {
+      let bits = cpu.pointee.pkru >> (UInt32(key) &* 2)
+      let blocksWrite = bits & 2 != 0 && (access.contains(.user) || cpu.pointee.cr0 & CR0.wp.rawValue != 0)
+      if bits & 1 != 0 || access.contains(.write) && blocksWrite {
+        throw pageFault(linear, access, [.present, .protectionKey])
+      }
+    }
+  }
+
+  /// #PF for an access: `bits` say what the walk found.
+  private func pageFault(_ linear: UInt64, _ access: PageAccess, _ bits: PageFaultErrorCode) -> Interruption {
+    faultAddress = linear
+    var code = bits
+    if access.contains(.write) { code.insert(.write) }
+    if access.contains(.user) { code.insert(.user) }
+    let reportsFetch =
+      cpu.pointee.cr4 & CR4.smep.rawValue != 0
+      || cpu.pointee.efer & EFER.nxe.rawValue != 0 && cpu.pointee.cr4 & CR4.pae.rawValue != 0
+    if access.contains(.fetch), reportsFetch { code.insert(.fetch) }
+    return .fault(.pageFault, UInt32(truncatingIfNeeded: code.rawValue))
+  }
+
+  /// The host's address of a paging-structure entry. Its page is written at once, for A and D.
+  private func entryPointer(
+    _ physical: UInt64, _ linear: UInt64, _ access: PageAccess
+  ) throws(Interruption) -> UnsafeMutableRawPointer {
+    guard let page = memory.page(physical), page.isWritable else {
+      // Nothing answers on the bus: the entry reads as all ones, whose reserved bits are set.
+      throw pageFault(linear, access, [.present, .reserved])
+    }
+    page.dirty?.pointee = 1
+    return page.host + Int(physical & 0xfff)
+  }
+}

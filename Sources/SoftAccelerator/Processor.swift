@@ -1,0 +1,84 @@
+import Accelerator
+import CSoftCPU
+import X86
+
+/// One x86-64 CPU in software: its state, and what executes instructions on it.
+///
+/// Everything here belongs to the thread that runs it. The state that instructions touch is a C struct (`soft_cpu`),
+/// so that emitted code can touch it too; what Swift alone needs is in this class's own fields.
+final class Processor {
+  /// The architectural state.
+  let cpu: UnsafeMutablePointer<soft_cpu>
+  /// `cpu.general`: sixteen registers and one that is always 0.
+  let general: UnsafeMutablePointer<UInt64>
+  /// `cpu.segment`, indexed as encodings number them; then flat, LDTR and TR.
+  let segments: UnsafeMutablePointer<soft_segment>
+  /// What physical addresses mean.
+  let memory: PhysicalMemory
+  /// What the CPU shows and can do.
+  let features: ProcessorFeatures
+
+  /// Where the next instruction is: set before an instruction is executed, changed by branches.
+  var nextIP: UInt64 = 0
+  /// CR2 of the #PF that was thrown last.
+  var faultAddress: UInt64 = 0
+  /// What the VMM is asked for when `Interruption.exit` is thrown.
+  var pendingExit = PendingExit.none
+  /// The device accesses that the instruction under way has already made; it starts again after each.
+  var replay = DeviceReplay()
+  /// The contexts of address spaces that the TLB holds translations for.
+  var contexts = TranslationContexts()
+  /// The context of the program's data accesses, even where `cpu.data_context` sends them the slow way.
+  var plainContext: UInt64 = 0
+  /// The context of the code that runs.
+  var codeContext: UInt64 = 0
+  /// The number of the memory view that the CPU's accesses obey; 0: all of memory with all rights.
+  var view: UInt32 = 0
+  /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.
+  var holdsLargePages = false
+  /// The local APIC, where it is in the VMM.
+  var localAPIC: (any LocalInterruptController)?
+  /// A #DB to be delivered after the instruction: bits of DR6.
+  var pendingDebug: UInt64 = 0
+
+  /// A CPU in the state after reset.
+  init(memory: PhysicalMemory, features: ProcessorFeatures) {
+    cpu = .allocate(capacity: 1)
+    UnsafeMutableRawPointer(cpu).initializeMemory(as: UInt8.self, repeating: 0, count: MemoryLayout<soft_cpu>.size)
+    general = soft_general(cpu)
+    segments = soft_segments(cpu)
+    self.memory = memory
+    self.features = features
+    cpu.pointee.tlb = .allocate(capacity: Int(SOFT_TLB_ENTRIES))
+    clearTLB()
+    reset()
+  }
+
+  deinit {
+    cpu.pointee.tlb.deallocate()
+    cpu.deallocate()
+  }
+}
+
+/// What a CPU needs of the VMM before an instruction can go on.
+enum PendingExit {
+  case none
+  /// A device's memory: `size` bytes (1 to 8) at a guest-physical address.
+  case memory(physical: UInt64, size: UInt8, isWrite: Bool, value: UInt64)
+  /// A port: one item of 1, 2 or 4 bytes.
+  case port(UInt16, size: UInt8, isWrite: Bool, value: UInt64)
+  /// Instructions or page tables where nothing is.
+  case memoryFault(physical: UInt64)
+  /// `hlt`.
+  case halt
+  /// A triple fault.
+  case tripleFault
+}
+
+/// The device accesses of the instruction under way: served from here when it starts again.
+struct DeviceReplay {
+  /// Values of the accesses already made, in order; a write's is unused.
+  var values: [UInt64] = []
+  /// The next one to serve.
+  var position = 0
+}
