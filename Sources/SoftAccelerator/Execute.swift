@@ -6,7 +6,7 @@ extension Processor {
   /// Executes an instruction that lies at `cpu.rip`, and moves on to the next.
   ///
   /// - Throws: what stopped it. `cpu.rip` is then still the instruction's.
-  func execute(_ i: borrowing Instruction) throws(Interruption) {
+  func execute(_ i: Instruction) throws(Interruption) {
     nextIP = (cpu.pointee.rip &+ UInt64(i.length)) & instructionPointerMask
     guard features.has(i.operation.feature) else { return try executeWithoutFeature(i) }
     if i.operation.isPrivileged, cpu.pointee.cpl != 0 { throw privilegeFault(i) }
@@ -22,7 +22,7 @@ extension Processor {
   }
 
   /// What an instruction of a missing feature is: #UD, or what its bytes meant before the feature existed.
-  private func executeWithoutFeature(_ i: borrowing Instruction) throws(Interruption) {
+  private func executeWithoutFeature(_ i: Instruction) throws(Interruption) {
     switch i.operation.mnemonic {
     case .prefetchw: break
     default: throw .invalidOpcode
@@ -31,7 +31,7 @@ extension Processor {
   }
 
   /// The fault of a privileged instruction outside ring 0.
-  private func privilegeFault(_ i: borrowing Instruction) -> Interruption {
+  private func privilegeFault(_ i: Instruction) -> Interruption {
     switch i.operation.feature {
     // Not there at all for the user (SDM vol. 2: CLAC, STAC; virtualisation off).
     case .smap, .vmx, .svm: .invalidOpcode

@@ -68,7 +68,7 @@ extension Processor {
 
   /// The offset of the memory operand within its segment.
   @inline(__always)
-  func offset(_ i: borrowing Instruction) -> UInt64 {
+  func offset(_ i: Instruction) -> UInt64 {
     var offset = UInt64(bitPattern: i.displacement)
     switch i.base.class {
     case .none: break
@@ -83,7 +83,7 @@ extension Processor {
   }
 
   /// The linear address of the memory operand, whose `size` bytes are checked against the segment.
-  func address(_ i: borrowing Instruction, size: Int, isWrite: Bool) throws(Interruption) -> UInt64 {
+  func address(_ i: Instruction, size: Int, isWrite: Bool) throws(Interruption) -> UInt64 {
     try linear(Int(i.segment.index), offset(i), size: size, isWrite: isWrite)
   }
 
@@ -144,7 +144,7 @@ extension Processor {
   // MARK: Operands
 
   /// An operand that is a general register, memory or an immediate, zero-extended; at most 8 bytes.
-  func read(_ i: borrowing Instruction, _ number: Int) throws(Interruption) -> UInt64 {
+  func read(_ i: Instruction, _ number: Int) throws(Interruption) -> UInt64 {
     let operand = i.operands[number]
     switch operand.kind {
     case .register: return read(operand.register)
@@ -156,7 +156,7 @@ extension Processor {
   }
 
   /// Writes an operand that is a general register or memory; at most 8 bytes.
-  func write(_ i: borrowing Instruction, _ number: Int, _ value: UInt64) throws(Interruption) {
+  func write(_ i: Instruction, _ number: Int, _ value: UInt64) throws(Interruption) {
     let operand = i.operands[number]
     if operand.kind == .register {
       write(operand.register, value)
@@ -167,7 +167,7 @@ extension Processor {
 
   /// Replaces operand 0 by what `change` makes of it, atomically with LOCK; returns the old value.
   @inline(__always)
-  func modify(_ i: borrowing Instruction, _ change: (UInt64) -> UInt64) throws(Interruption) -> UInt64 {
+  func modify(_ i: Instruction, _ change: (UInt64) -> UInt64) throws(Interruption) -> UInt64 {
     let operand = i.operands[0]
     if operand.kind == .register {
       let old = read(operand.register)

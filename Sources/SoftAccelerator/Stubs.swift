@@ -4,10 +4,10 @@ import X86
 
 // Placeholders while the files that replace them are being written.
 extension Processor {
-  func executeX87(_ i: borrowing Instruction) throws(Interruption) { throw .invalidOpcode }
-  func executeVector(_ i: borrowing Instruction) throws(Interruption) -> Bool { false }
-  func executeSystem(_ i: borrowing Instruction) throws(Interruption) { throw .invalidOpcode }
-  func executeInteger(_ i: borrowing Instruction) throws(Interruption) -> Bool { false }
+  func executeX87(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
+  func executeVector(_ i: Instruction) throws(Interruption) -> Bool { false }
+  func executeSystem(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
+  func executeInteger(_ i: Instruction) throws(Interruption) -> Bool { false }
   var watchesData: Bool { false }
   func noteDataAccess(_ linear: UInt64, count: Int, isWrite: Bool) {}
   func holdsCode(_ host: UnsafeMutableRawPointer) -> Bool { false }
