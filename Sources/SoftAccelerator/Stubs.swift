@@ -7,7 +7,6 @@ extension Processor {
   func executeX87(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
   func executeVector(_ i: Instruction) throws(Interruption) -> Bool { false }
   func executeSystem(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
-  func executeInteger(_ i: Instruction) throws(Interruption) -> Bool { false }
   var watchesData: Bool { false }
   func noteDataAccess(_ linear: UInt64, count: Int, isWrite: Bool) {}
   func holdsCode(_ host: UnsafeMutableRawPointer) -> Bool { false }
