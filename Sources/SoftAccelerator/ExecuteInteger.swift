@@ -203,7 +203,9 @@ extension Processor {
       write(i.operands[0].register, value)
       statusFlags = RFLAGS.cf.rawValue
     default:
-      return try executeBits(i) || executeString(i) || executePort(i)
+      if try executeBits(i) { return true }
+      if try executeString(i) { return true }
+      return try executePort(i)
     }
     return true
   }
