@@ -1,18 +1,23 @@
 import Accelerator
 import CSoftCPU
+import Synchronization
 import X86
 
 /// One x86-64 CPU in software: its state, and what executes instructions on it.
 ///
-/// Everything here belongs to the thread that runs it. The state that instructions touch is a C struct (`soft_cpu`),
+/// Everything here belongs to the thread that runs it, but for what is atomic or behind a lock. The state that instructions touch is a C struct (`soft_cpu`),
 /// so that emitted code can touch it too; what Swift alone needs is in this class's own fields.
-final class Processor {
+final class Processor: @unchecked Sendable {
   /// The architectural state.
   let cpu: UnsafeMutablePointer<soft_cpu>
   /// `cpu.general`: sixteen registers and one that is always 0.
   let general: UnsafeMutablePointer<UInt64>
   /// `cpu.segment`, indexed as encodings number them; then flat, LDTR and TR.
   let segments: UnsafeMutablePointer<soft_segment>
+  /// Its number, and its APIC id after reset.
+  let number: Int
+  /// The CPUs of its machine.
+  let group: ProcessorGroup
   /// What physical addresses mean.
   let memory: PhysicalMemory
   /// What the CPU shows and can do.
@@ -41,20 +46,48 @@ final class Processor {
   /// A #DB to be delivered after the instruction: bits of DR6.
   var pendingDebug: UInt64 = 0
 
+  /// Where pages of code are.
+  let codePages = UnsafeMutablePointer<CodePage>.allocate(capacity: CodePage.count)
+  /// Pages whose decoded code others have changed.
+  let staleCode = Mutex<[UInt]>([])
+
+  /// Another thread wants `run` to return.
+  var isKicked: Bool {
+    get { kicked.load(ordering: .sequentiallyConsistent) }
+    set { kicked.store(newValue, ordering: .sequentiallyConsistent) }
+  }
+  private let kicked = Atomic(false)
+  /// `hlt` was executed and nothing has ended it yet.
+  var isHalted = false
+  /// A non-maskable interrupt waits.
+  var isNMIPending = false
+  /// An external interrupt that the VMM put at the INTR pin itself.
+  var pendingInterrupt: UInt8?
+  /// The VMM wants to know when an interrupt could be taken.
+  var wantsInterruptWindow = false
+  /// A repeated string instruction stops after the iteration under way.
+  var finishesOnly = false
+  /// Whether every instruction is looked at before it is executed.
+  var tracesInstructions = false
+
   /// A CPU in the state after reset.
-  init(memory: PhysicalMemory, features: ProcessorFeatures) {
+  init(number: Int = 0, memory: PhysicalMemory, features: ProcessorFeatures, group: ProcessorGroup = ProcessorGroup()) {
     cpu = .allocate(capacity: 1)
     UnsafeMutableRawPointer(cpu).initializeMemory(as: UInt8.self, repeating: 0, count: MemoryLayout<soft_cpu>.size)
     general = soft_general(cpu)
     segments = soft_segments(cpu)
+    self.number = number
+    self.group = group
     self.memory = memory
     self.features = features
     cpu.pointee.tlb = .allocate(capacity: Int(SOFT_TLB_ENTRIES))
+    codePages.initialize(repeating: CodePage(), count: CodePage.count)
     clearTLB()
     reset()
   }
 
   deinit {
+    codePages.deallocate()
     cpu.pointee.tlb.deallocate()
     cpu.deallocate()
   }
@@ -71,6 +104,8 @@ enum PendingExit {
   case memoryFault(physical: UInt64)
   /// `hlt`.
   case halt
+  /// An interrupt can be taken, and the VMM asked to be told.
+  case interruptWindow
   /// A triple fault.
   case tripleFault
 }

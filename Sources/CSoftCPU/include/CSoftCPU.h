@@ -33,6 +33,10 @@ enum {
   SOFT_TLB_ENTRIES = 1 << SOFT_TLB_BITS,
   // The general register that is always 0: an absent base or index.
   SOFT_ZERO_REGISTER = 16,
+  // Forget every translation.
+  SOFT_REQUEST_FLUSH = 1,
+  // Forget code whose pages are in the processor's list.
+  SOFT_REQUEST_CODE = 2,
   // The segment whose base is always 0.
   SOFT_FLAT_SEGMENT = 6,
 };
@@ -55,6 +59,9 @@ typedef struct {
   int64_t budget;
   // Negative when another thread wants the run loop to look around; atomic.
   int64_t attention;
+  // What other CPUs and the VMM ask of this one (SOFT_REQUEST_*), and whether it is executing; both atomic.
+  uint64_t requests;
+  uint64_t inside;
   // Retired instructions, without those of the block under way.
   uint64_t instructions;
   // es, cs, ss, ds, fs, gs, flat, then ldtr and tr.
@@ -133,6 +140,17 @@ static inline bool soft_cas128(void *_Nonnull p, uint64_t *_Nonnull expected, ui
 static inline void soft_copy(void *_Nonnull destination, const void *_Nonnull source, size_t count) {
   __asm__ volatile("rep movsb" : "+D"(destination), "+S"(source), "+c"(count) : : "memory");
 }
+
+static inline uint64_t soft_load(const uint64_t *_Nonnull p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline void soft_store(uint64_t *_Nonnull p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_SEQ_CST); }
+static inline uint64_t soft_exchange(uint64_t *_Nonnull p, uint64_t value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t soft_or(uint64_t *_Nonnull p, uint64_t bits) { return __atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST); }
+static inline uint64_t soft_and(uint64_t *_Nonnull p, uint64_t bits) { return __atomic_fetch_and(p, bits, __ATOMIC_SEQ_CST); }
+
+static inline uint64_t *_Nonnull soft_requests(soft_cpu *_Nonnull cpu) { return &cpu->requests; }
+static inline uint64_t *_Nonnull soft_inside(soft_cpu *_Nonnull cpu) { return &cpu->inside; }
 
 static inline uint64_t soft_host_tsc(void) { return __builtin_ia32_rdtsc(); }
 
