@@ -6,35 +6,8 @@ import X86
 extension Processor {
   func executeX87(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
   func executeVector(_ i: Instruction) throws(Interruption) -> Bool { false }
-  func executeSystem(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
-  var watchesData: Bool { false }
-  func noteDataAccess(_ linear: UInt64, count: Int, isWrite: Bool) {}
-  func deliver(_ interruption: Interruption) -> PendingExit? { .tripleFault }
-  func deliverNMI() -> PendingExit? { nil }
-  func deliverInterrupt(_ vector: UInt8) -> PendingExit? { nil }
   func runBlocks() throws(Interruption) { try step() }
   func forgetCode(page: UInt) {}
   func holdsCode(_ host: UnsafeMutableRawPointer) -> Bool { false }
   func memoryWritten(_ host: UnsafeMutableRawPointer, count: Int) {}
-  func reset() {}
-}
-
-enum SoftCPUID { static let leaves: [CPUIDLeaf] = [] }
-extension ProcessorFeatures {
-  init(leaves: [CPUIDLeaf]) {
-    self.init(leaves: leaves, instructions: ~0, physicalAddressBits: 40, hasGigabytePages: true)
-  }
-}
-extension Processor {
-  var state: VCPUState { VCPUState() }
-  func setState(_ state: VCPUState) throws(AcceleratorError) {}
-  var generalRegisters: GeneralRegisters {
-    get { GeneralRegisters() }
-    set {}
-  }
-  var systemRegisters: SystemRegisters {
-    get { SystemRegisters() }
-    set {}
-  }
-  func translate(_ linear: UInt64) -> UInt64? { nil }
 }
