@@ -51,6 +51,8 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let nativeRing0 = Self(rawValue: 1 << 8)
   /// Execute permission of a page apart from read permission.
   public static let executePermission = Self(rawValue: 1 << 9)
+  /// A guest TSC at another rate than the host's.
+  public static let tscScaling = Self(rawValue: 1 << 10)
 }
 
 /// One virtual machine of an accelerator. Its methods may be called from any thread.

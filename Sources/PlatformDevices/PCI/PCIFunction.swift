@@ -10,7 +10,8 @@ public final class PCIFunction: Sendable {
   private let initial: PCIConfiguration
   private let line: InterruptLine.Source
   private let interrupts: any InterruptSink
-  private let windows: PCIWindows
+  /// They know the function's device while it has BARs.
+  private weak let windows: PCIWindows?
   private let state: Mutex<State>
 
   private struct State {
@@ -85,7 +86,7 @@ public final class PCIFunction: Sendable {
       window.offset = UInt64(index) << Self.barShift
       let decodes = command & (window.space == .ports ? Command.ports : Command.memory) != 0
       // Address 0 means that nobody has programmed it yet.
-      windows.set(decodes && window.start != 0 ? window : nil, for: device, bar: index)
+      windows?.set(decodes && window.start != 0 ? window : nil, for: device, bar: index)
     }
   }
 
