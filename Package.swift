@@ -86,7 +86,9 @@ let package = Package(
         "Accelerator", "Boot", "CLinux", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator",
         "Machine", "Monitor", "PlatformDevices", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
-      ], swiftSettings: strict),
+      ], swiftSettings: strict,
+      // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
+      linkerSettings: [.unsafeFlags(["-use-ld=lld"])]),
 
     tests("HostTests", ["Host"]),
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),

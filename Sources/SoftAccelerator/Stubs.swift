@@ -12,10 +12,6 @@ extension Processor {
   func deliver(_ interruption: Interruption) -> PendingExit? { .tripleFault }
   func deliverNMI() -> PendingExit? { nil }
   func deliverInterrupt(_ vector: UInt8) -> PendingExit? { nil }
-  func runBlocks() throws(Interruption) { try step() }
-  func forgetCode(page: UInt) {}
-  func holdsCode(_ host: UnsafeMutableRawPointer) -> Bool { false }
-  func memoryWritten(_ host: UnsafeMutableRawPointer, count: Int) {}
   func reset() {}
 }
 
