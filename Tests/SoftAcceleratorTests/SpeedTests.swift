@@ -1,6 +1,7 @@
 import Testing
 @testable import SoftAccelerator
 import Glibc
+import CSoftCPU
 
 @Test func speed() {
   func time(_ name: String, _ code: [UInt8]) {
