@@ -16,26 +16,36 @@ struct FastState {
   // MARK: Registers
 
   @inline(__always)
-  func get<T: BitwiseCopyable>(_ offset: UInt8, as type: T.Type) -> T {
-    general.loadUnaligned(fromByteOffset: Int(offset), as: T.self)
-  }
+  func get<T: FixedWidthInteger>(_ offset: UInt8, as type: T.Type) -> T { Self.load(general + Int(offset)) }
 
   /// 32 bits clear the upper half; 8 and 16 leave the rest.
   @inline(__always)
-  func put<T: FixedWidthInteger & UnsignedInteger>(_ offset: UInt8, _ value: T) {
+  func put<T: FixedWidthInteger>(_ offset: UInt8, _ value: T) {
     if MemoryLayout<T>.size == 4 {
-      general.storeBytes(of: UInt64(truncatingIfNeeded: value), toByteOffset: Int(offset), as: UInt64.self)
+      soft_put64(general + Int(offset), UInt64(truncatingIfNeeded: UInt32(truncatingIfNeeded: value)))
     } else {
-      general.storeBytes(of: value, toByteOffset: Int(offset), as: T.self)
+      Self.store(value, general + Int(offset))
     }
   }
 
   @inline(__always)
-  func put(_ offset: UInt8, _ value: Int64) { put(offset, UInt64(bitPattern: value)) }
+  static func load<T: FixedWidthInteger>(_ pointer: UnsafeRawPointer, as type: T.Type = T.self) -> T {
+    switch MemoryLayout<T>.size {
+    case 1: T(truncatingIfNeeded: soft_get8(pointer))
+    case 2: T(truncatingIfNeeded: soft_get16(pointer))
+    case 4: T(truncatingIfNeeded: soft_get32(pointer))
+    default: T(truncatingIfNeeded: soft_get64(pointer))
+    }
+  }
 
   @inline(__always)
-  func put(_ offset: UInt8, _ value: UInt32) {
-    general.storeBytes(of: UInt64(value), toByteOffset: Int(offset), as: UInt64.self)
+  static func store<T: FixedWidthInteger>(_ value: T, _ pointer: UnsafeMutableRawPointer) {
+    switch MemoryLayout<T>.size {
+    case 1: soft_put8(pointer, UInt8(truncatingIfNeeded: value))
+    case 2: soft_put16(pointer, UInt16(truncatingIfNeeded: value))
+    case 4: soft_put32(pointer, UInt32(truncatingIfNeeded: value))
+    default: soft_put64(pointer, UInt64(truncatingIfNeeded: value))
+    }
   }
 
   // MARK: Memory

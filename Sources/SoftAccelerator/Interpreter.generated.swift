@@ -84,7 +84,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x &+ value
         s.setAddition(x, value, r)
@@ -96,11 +96,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .addBMI:
         let linear = op.address(s)
@@ -108,11 +108,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .orBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -134,7 +134,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x | value
         s.setLogic(r)
@@ -146,11 +146,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .orBMI:
         let linear = op.address(s)
@@ -158,11 +158,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .adcBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -184,7 +184,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x &+ value &+ (s.carry ? 1 : 0)
         s.setAddition(x, value, r)
@@ -196,11 +196,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .adcBMI:
         let linear = op.address(s)
@@ -208,11 +208,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .sbbBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -234,7 +234,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x &- value &- (s.carry ? 1 : 0)
         s.setSubtraction(x, value, r)
@@ -246,11 +246,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .sbbBMI:
         let linear = op.address(s)
@@ -258,11 +258,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .andBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -284,7 +284,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x & value
         s.setLogic(r)
@@ -296,11 +296,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .andBMI:
         let linear = op.address(s)
@@ -308,11 +308,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .subBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -334,7 +334,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -346,11 +346,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .subBMI:
         let linear = op.address(s)
@@ -358,11 +358,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .xorBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -384,7 +384,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x ^ value
         s.setLogic(r)
@@ -396,11 +396,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .xorBMI:
         let linear = op.address(s)
@@ -408,11 +408,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt8.self)
+        FastState.store(r, host)
         op += 1
       case .cmpBRR:
         let x = s.get(op.pointee.a, as: UInt8.self)
@@ -432,7 +432,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -443,7 +443,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -454,7 +454,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -477,7 +477,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let x = s.get(op.pointee.a, as: UInt8.self)
         let r = x & value
         s.setLogic(r)
@@ -488,7 +488,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = s.get(op.pointee.b, as: UInt8.self)
         let r = value & y
         s.setLogic(r)
@@ -499,7 +499,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt8.self)
+        let value = FastState.load(host, as: UInt8.self)
         let y = UInt8(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
@@ -516,7 +516,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, host.loadUnaligned(as: UInt8.self))
+        s.put(op.pointee.a, FastState.load(host, as: UInt8.self))
         op += 1
       case .movBMR:
         let linear = op.address(s)
@@ -524,7 +524,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: s.get(op.pointee.b, as: UInt8.self), as: UInt8.self)
+        FastState.store(s.get(op.pointee.b, as: UInt8.self), host)
         op += 1
       case .movBMI:
         let linear = op.address(s)
@@ -532,7 +532,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: UInt8(truncatingIfNeeded: op.pointee.immediate), as: UInt8.self)
+        FastState.store(UInt8(truncatingIfNeeded: op.pointee.immediate), host)
         op += 1
       case .movWRR:
         s.put(op.pointee.a, s.get(op.pointee.b, as: UInt16.self))
@@ -546,7 +546,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt16>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, host.loadUnaligned(as: UInt16.self))
+        s.put(op.pointee.a, FastState.load(host, as: UInt16.self))
         op += 1
       case .movWMR:
         let linear = op.address(s)
@@ -554,7 +554,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt16>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: s.get(op.pointee.b, as: UInt16.self), as: UInt16.self)
+        FastState.store(s.get(op.pointee.b, as: UInt16.self), host)
         op += 1
       case .movWMI:
         let linear = op.address(s)
@@ -562,7 +562,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt16>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: UInt16(truncatingIfNeeded: op.pointee.immediate), as: UInt16.self)
+        FastState.store(UInt16(truncatingIfNeeded: op.pointee.immediate), host)
         op += 1
       case .addLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -584,7 +584,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x &+ value
         s.setAddition(x, value, r)
@@ -596,11 +596,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .addLMI:
         let linear = op.address(s)
@@ -608,11 +608,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .orLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -634,7 +634,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x | value
         s.setLogic(r)
@@ -646,11 +646,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .orLMI:
         let linear = op.address(s)
@@ -658,11 +658,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .adcLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -684,7 +684,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x &+ value &+ (s.carry ? 1 : 0)
         s.setAddition(x, value, r)
@@ -696,11 +696,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .adcLMI:
         let linear = op.address(s)
@@ -708,11 +708,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .sbbLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -734,7 +734,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x &- value &- (s.carry ? 1 : 0)
         s.setSubtraction(x, value, r)
@@ -746,11 +746,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .sbbLMI:
         let linear = op.address(s)
@@ -758,11 +758,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .andLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -784,7 +784,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x & value
         s.setLogic(r)
@@ -796,11 +796,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .andLMI:
         let linear = op.address(s)
@@ -808,11 +808,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .subLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -834,7 +834,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -846,11 +846,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .subLMI:
         let linear = op.address(s)
@@ -858,11 +858,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .xorLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -884,7 +884,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x ^ value
         s.setLogic(r)
@@ -896,11 +896,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .xorLMI:
         let linear = op.address(s)
@@ -908,11 +908,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .cmpLRR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -932,7 +932,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -943,7 +943,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -954,7 +954,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -977,7 +977,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.get(op.pointee.a, as: UInt32.self)
         let r = x & value
         s.setLogic(r)
@@ -988,7 +988,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = s.get(op.pointee.b, as: UInt32.self)
         let r = value & y
         s.setLogic(r)
@@ -999,7 +999,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
@@ -1016,7 +1016,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, host.loadUnaligned(as: UInt32.self))
+        s.put(op.pointee.a, FastState.load(host, as: UInt32.self))
         op += 1
       case .movLMR:
         let linear = op.address(s)
@@ -1024,7 +1024,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: s.get(op.pointee.b, as: UInt32.self), as: UInt32.self)
+        FastState.store(s.get(op.pointee.b, as: UInt32.self), host)
         op += 1
       case .movLMI:
         let linear = op.address(s)
@@ -1032,7 +1032,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: UInt32(truncatingIfNeeded: op.pointee.immediate), as: UInt32.self)
+        FastState.store(UInt32(truncatingIfNeeded: op.pointee.immediate), host)
         op += 1
       case .leaL:
         s.put(op.pointee.a, UInt32(truncatingIfNeeded: op.address(s)))
@@ -1051,12 +1051,12 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let x = host.loadUnaligned(as: UInt32.self)
+        let x = FastState.load(host, as: UInt32.self)
         let carry = s.carry
         let r = x &+ 1
         s.setAddition(x, 1, r)
         s.replaceCarry(carry)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .decLR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -1072,12 +1072,12 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
           break loop
         }
-        let x = host.loadUnaligned(as: UInt32.self)
+        let x = FastState.load(host, as: UInt32.self)
         let carry = s.carry
         let r = x &- 1
         s.setSubtraction(x, 1, r)
         s.replaceCarry(carry)
-        host.storeBytes(of: r, as: UInt32.self)
+        FastState.store(r, host)
         op += 1
       case .negLR:
         let x = s.get(op.pointee.a, as: UInt32.self)
@@ -1156,7 +1156,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         s.put(op.pointee.a, s.multiply(s.get(op.pointee.a, as: UInt32.self), value))
         op += 1
       case .imulLRRI:
@@ -1183,7 +1183,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.overflow ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1197,7 +1197,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.overflow ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1211,7 +1211,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.carry ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1225,7 +1225,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.carry ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1239,7 +1239,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.zero ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1253,7 +1253,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.zero ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1267,7 +1267,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.below ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1281,7 +1281,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.below ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1295,7 +1295,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.sign ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1309,7 +1309,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.sign ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1323,7 +1323,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.parity ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1337,7 +1337,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.parity ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1351,7 +1351,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.less ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1365,7 +1365,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.less ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1379,7 +1379,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = s.lessOrEqual ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1393,7 +1393,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt32.self)
+        let value = FastState.load(host, as: UInt32.self)
         let x = !s.lessOrEqual ? value : s.get(op.pointee.a, as: UInt32.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -1417,7 +1417,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x &+ value
         s.setAddition(x, value, r)
@@ -1429,11 +1429,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .addQMI:
         let linear = op.address(s)
@@ -1441,11 +1441,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .orQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1467,7 +1467,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x | value
         s.setLogic(r)
@@ -1479,11 +1479,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .orQMI:
         let linear = op.address(s)
@@ -1491,11 +1491,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value | y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .adcQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1517,7 +1517,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x &+ value &+ (s.carry ? 1 : 0)
         s.setAddition(x, value, r)
@@ -1529,11 +1529,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .adcQMI:
         let linear = op.address(s)
@@ -1541,11 +1541,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value &+ y &+ (s.carry ? 1 : 0)
         s.setAddition(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .sbbQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1567,7 +1567,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x &- value &- (s.carry ? 1 : 0)
         s.setSubtraction(x, value, r)
@@ -1579,11 +1579,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .sbbQMI:
         let linear = op.address(s)
@@ -1591,11 +1591,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y &- (s.carry ? 1 : 0)
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .andQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1617,7 +1617,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x & value
         s.setLogic(r)
@@ -1629,11 +1629,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .andQMI:
         let linear = op.address(s)
@@ -1641,11 +1641,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .subQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1667,7 +1667,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -1679,11 +1679,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .subQMI:
         let linear = op.address(s)
@@ -1691,11 +1691,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .xorQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1717,7 +1717,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x ^ value
         s.setLogic(r)
@@ -1729,11 +1729,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .xorQMI:
         let linear = op.address(s)
@@ -1741,11 +1741,11 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value ^ y
         s.setLogic(r)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .cmpQRR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1765,7 +1765,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x &- value
         s.setSubtraction(x, value, r)
@@ -1776,7 +1776,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -1787,7 +1787,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value &- y
         s.setSubtraction(value, y, r)
@@ -1810,7 +1810,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.get(op.pointee.a, as: UInt64.self)
         let r = x & value
         s.setLogic(r)
@@ -1821,7 +1821,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = s.get(op.pointee.b, as: UInt64.self)
         let r = value & y
         s.setLogic(r)
@@ -1832,7 +1832,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
         let r = value & y
         s.setLogic(r)
@@ -1849,7 +1849,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, host.loadUnaligned(as: UInt64.self))
+        s.put(op.pointee.a, FastState.load(host, as: UInt64.self))
         op += 1
       case .movQMR:
         let linear = op.address(s)
@@ -1857,7 +1857,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: s.get(op.pointee.b, as: UInt64.self), as: UInt64.self)
+        FastState.store(s.get(op.pointee.b, as: UInt64.self), host)
         op += 1
       case .movQMI:
         let linear = op.address(s)
@@ -1865,7 +1865,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: UInt64(truncatingIfNeeded: op.pointee.immediate), as: UInt64.self)
+        FastState.store(UInt64(truncatingIfNeeded: op.pointee.immediate), host)
         op += 1
       case .leaQ:
         s.put(op.pointee.a, UInt64(truncatingIfNeeded: op.address(s)))
@@ -1884,12 +1884,12 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let x = host.loadUnaligned(as: UInt64.self)
+        let x = FastState.load(host, as: UInt64.self)
         let carry = s.carry
         let r = x &+ 1
         s.setAddition(x, 1, r)
         s.replaceCarry(carry)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .decQR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1905,12 +1905,12 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
           break loop
         }
-        let x = host.loadUnaligned(as: UInt64.self)
+        let x = FastState.load(host, as: UInt64.self)
         let carry = s.carry
         let r = x &- 1
         s.setSubtraction(x, 1, r)
         s.replaceCarry(carry)
-        host.storeBytes(of: r, as: UInt64.self)
+        FastState.store(r, host)
         op += 1
       case .negQR:
         let x = s.get(op.pointee.a, as: UInt64.self)
@@ -1989,7 +1989,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         s.put(op.pointee.a, s.multiply(s.get(op.pointee.a, as: UInt64.self), value))
         op += 1
       case .imulQRRI:
@@ -2016,7 +2016,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.overflow ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2030,7 +2030,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.overflow ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2044,7 +2044,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.carry ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2058,7 +2058,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.carry ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2072,7 +2072,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.zero ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2086,7 +2086,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.zero ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2100,7 +2100,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.below ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2114,7 +2114,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.below ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2128,7 +2128,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.sign ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2142,7 +2142,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.sign ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2156,7 +2156,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.parity ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2170,7 +2170,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.parity ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2184,7 +2184,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.less ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2198,7 +2198,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.less ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2212,7 +2212,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = s.lessOrEqual ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2226,7 +2226,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let value = host.loadUnaligned(as: UInt64.self)
+        let value = FastState.load(host, as: UInt64.self)
         let x = !s.lessOrEqual ? value : s.get(op.pointee.a, as: UInt64.self)
         s.put(op.pointee.a, x)
         op += 1
@@ -2239,7 +2239,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt8>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt32(truncatingIfNeeded: host.loadUnaligned(as: UInt8.self)))
+        s.put(op.pointee.a, UInt32(truncatingIfNeeded: FastState.load(host, as: UInt8.self)))
         op += 1
       case .movzxWLRR:
         s.put(op.pointee.a, UInt32(truncatingIfNeeded: s.get(op.pointee.b, as: UInt16.self)))
@@ -2250,7 +2250,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt16>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt32(truncatingIfNeeded: host.loadUnaligned(as: UInt16.self)))
+        s.put(op.pointee.a, UInt32(truncatingIfNeeded: FastState.load(host, as: UInt16.self)))
         op += 1
       case .movsxBLRR:
         s.put(op.pointee.a, UInt32(truncatingIfNeeded: s.get(op.pointee.b, as: Int8.self)))
@@ -2261,7 +2261,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<Int8>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt32(truncatingIfNeeded: host.loadUnaligned(as: Int8.self)))
+        s.put(op.pointee.a, UInt32(truncatingIfNeeded: FastState.load(host, as: Int8.self)))
         op += 1
       case .movsxWLRR:
         s.put(op.pointee.a, UInt32(truncatingIfNeeded: s.get(op.pointee.b, as: Int16.self)))
@@ -2272,7 +2272,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<Int16>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt32(truncatingIfNeeded: host.loadUnaligned(as: Int16.self)))
+        s.put(op.pointee.a, UInt32(truncatingIfNeeded: FastState.load(host, as: Int16.self)))
         op += 1
       case .movsxBQRR:
         s.put(op.pointee.a, UInt64(truncatingIfNeeded: s.get(op.pointee.b, as: Int8.self)))
@@ -2283,7 +2283,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<Int8>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt64(truncatingIfNeeded: host.loadUnaligned(as: Int8.self)))
+        s.put(op.pointee.a, UInt64(truncatingIfNeeded: FastState.load(host, as: Int8.self)))
         op += 1
       case .movsxWQRR:
         s.put(op.pointee.a, UInt64(truncatingIfNeeded: s.get(op.pointee.b, as: Int16.self)))
@@ -2294,7 +2294,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<Int16>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt64(truncatingIfNeeded: host.loadUnaligned(as: Int16.self)))
+        s.put(op.pointee.a, UInt64(truncatingIfNeeded: FastState.load(host, as: Int16.self)))
         op += 1
       case .movsxLQRR:
         s.put(op.pointee.a, UInt64(truncatingIfNeeded: s.get(op.pointee.b, as: Int32.self)))
@@ -2305,7 +2305,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<Int32>.size, isWrite: false) { continue }
           break loop
         }
-        s.put(op.pointee.a, UInt64(truncatingIfNeeded: host.loadUnaligned(as: Int32.self)))
+        s.put(op.pointee.a, UInt64(truncatingIfNeeded: FastState.load(host, as: Int32.self)))
         op += 1
       case .cwde:
         s.put(0, UInt32(bitPattern: Int32(s.get(0, as: Int16.self))))
@@ -2373,7 +2373,7 @@ extension Processor {
           if processor.fill(linear, size: 8, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: s.get(op.pointee.a, as: UInt64.self), as: UInt64.self)
+        FastState.store(s.get(op.pointee.a, as: UInt64.self), host)
         s.put(32, linear)
         op += 1
       case .pushI:
@@ -2382,7 +2382,7 @@ extension Processor {
           if processor.fill(linear, size: 8, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: op.pointee.immediate, as: UInt64.self)
+        FastState.store(op.pointee.immediate, host)
         s.put(32, linear)
         op += 1
       case .popR:
@@ -2392,7 +2392,7 @@ extension Processor {
           break loop
         }
         s.put(32, linear &+ 8)
-        s.put(op.pointee.a, host.loadUnaligned(as: UInt64.self))
+        s.put(op.pointee.a, FastState.load(host, as: UInt64.self))
         op += 1
       case .leave:
         let linear = s.get(40, as: UInt64.self)
@@ -2401,7 +2401,7 @@ extension Processor {
           break loop
         }
         s.put(32, linear &+ 8)
-        s.put(40, host.loadUnaligned(as: UInt64.self))
+        s.put(40, FastState.load(host, as: UInt64.self))
         op += 1
       case .generic:
         if try !processor.executeGeneric(op, block) { return }
@@ -2886,7 +2886,7 @@ extension Processor {
           if processor.fill(linear, size: 8, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: op.pointee.immediate, as: UInt64.self)
+        FastState.store(op.pointee.immediate, host)
         s.put(32, linear)
         budget &-= block.pointee.count
         if budget | soft_attention(s.cpu) < 0 {
@@ -2906,7 +2906,7 @@ extension Processor {
           if processor.fill(linear, size: 8, isWrite: false) { continue }
           break loop
         }
-        let target = host.loadUnaligned(as: UInt64.self)
+        let target = FastState.load(host, as: UInt64.self)
         guard s.isCanonical(target) else { break loop }
         s.put(32, linear &+ 8)
         budget &-= block.pointee.count
@@ -2944,7 +2944,7 @@ extension Processor {
           if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
           break loop
         }
-        let target = host.loadUnaligned(as: UInt64.self)
+        let target = FastState.load(host, as: UInt64.self)
         guard s.isCanonical(target) else { break loop }
         budget &-= block.pointee.count
         if budget | soft_attention(s.cpu) < 0 {
@@ -2967,7 +2967,7 @@ extension Processor {
           if processor.fill(linear, size: 8, isWrite: true) { continue }
           break loop
         }
-        host.storeBytes(of: op.pointee.immediate, as: UInt64.self)
+        FastState.store(op.pointee.immediate, host)
         s.put(32, linear)
         budget &-= block.pointee.count
         if budget | soft_attention(s.cpu) < 0 {

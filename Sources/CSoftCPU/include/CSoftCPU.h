@@ -108,6 +108,19 @@ static inline void *_Nonnull soft_st(soft_cpu *_Nonnull cpu, long index) { retur
 // The 32 bytes of vector register `index` (0 to 15).
 static inline void *_Nonnull soft_vector(soft_cpu *_Nonnull cpu, long index) { return cpu->vector[index & 15]; }
 
+// Integers of host memory at any alignment: Swift's own unaligned loads are calls.
+#define SOFT_ACCESS(bits)                                                                                              \
+  static inline uint##bits##_t soft_get##bits(const void *_Nonnull p) {                                                \
+    uint##bits##_t value;                                                                                              \
+    __builtin_memcpy(&value, p, sizeof value);                                                                         \
+    return value;                                                                                                      \
+  }                                                                                                                    \
+  static inline void soft_put##bits(void *_Nonnull p, uint##bits##_t value) { __builtin_memcpy(p, &value, sizeof value); }
+SOFT_ACCESS(8)
+SOFT_ACCESS(16)
+SOFT_ACCESS(32)
+SOFT_ACCESS(64)
+
 static inline int64_t soft_attention(soft_cpu *_Nonnull cpu) { return __atomic_load_n(&cpu->attention, __ATOMIC_RELAXED); }
 static inline void soft_set_attention(soft_cpu *_Nonnull cpu, int64_t value) {
   __atomic_store_n(&cpu->attention, value, __ATOMIC_SEQ_CST);
