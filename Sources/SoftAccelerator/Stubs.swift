@@ -4,8 +4,6 @@ import X86
 
 // Placeholders while the files that replace them are being written.
 extension Processor {
-  func executeX87(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
-  func executeVector(_ i: Instruction) throws(Interruption) -> Bool { false }
   func executeSystem(_ i: Instruction) throws(Interruption) { throw .invalidOpcode }
   var watchesData: Bool { false }
   func noteDataAccess(_ linear: UInt64, count: Int, isWrite: Bool) {}
