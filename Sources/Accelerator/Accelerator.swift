@@ -51,6 +51,11 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let nativeRing0 = Self(rawValue: 1 << 8)
   /// Execute permission of a page apart from read permission.
   public static let executePermission = Self(rawValue: 1 << 9)
+  /// A guest TSC at another rate than the host's.
+  public static let tscScaling = Self(rawValue: 1 << 10)
+  /// vCPUs ask the controller that `attach` gives them for interrupts, CR8 and the APIC's MSRs; without it, the VMM
+  /// injects interrupts between runs, and the guest has neither x2APIC nor TSC deadline where the LAPIC is in the VMM.
+  public static let attachedControllers = Self(rawValue: 1 << 11)
 }
 
 /// One virtual machine of an accelerator. Its methods may be called from any thread.
@@ -145,6 +150,8 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func injectNMI() throws(AcceleratorError)
   /// Guest-physical address of a linear address by the vCPU's own page tables; nil where it is not mapped.
   func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress?
+  /// Gives the vCPU its local APIC, once and before the first run, where the interrupt controllers are in the VMM.
+  func attach(_ controller: any LocalInterruptController) throws(AcceleratorError)
   /// Single step and hardware breakpoints on behalf of a debugger.
   func setDebug(_ control: DebugControl) throws(AcceleratorError)
 }

@@ -46,5 +46,6 @@ extension Processor {
   /// Features whose instructions `executeVector` looks at first.
   private static let vectorFeatures: UInt64 = [
     .mmx, .sse, .sse2, .sse3, .ssse3, .sse41, .sse42, .aes, .pclmulqdq, .sha, .avx, .avx2, .f16c, .fma,
+    .fxsr, .xsave, .xsaveopt, .xsavec, .xsaves,
   ].reduce(0) { (bits: UInt64, feature: Feature) in bits | 1 << UInt64(feature.rawValue) }
 }

@@ -55,6 +55,13 @@ final class Processor: @unchecked Sendable {
 
   /// Where pages of code are.
   let codePages = UnsafeMutablePointer<CodePage>.allocate(capacity: CodePage.count)
+  /// Decoded code.
+  let blocks = BlockCache()
+  /// A stored instruction has changed decoded code: the block under way may be stale.
+  var leavesBlock = false
+  /// Room for the bytes and the operations of a block that is being made.
+  let scratch = UnsafeMutableRawPointer.allocate(byteCount: Block.limit * 8 + 16, alignment: 16)
+  let draftOperations = UnsafeMutablePointer<FastOperation>.allocate(capacity: Block.limit + 1)
   /// Pages whose decoded code others have changed.
   let staleCode = Mutex<[UInt]>([])
 
@@ -88,6 +95,7 @@ final class Processor: @unchecked Sendable {
     self.memory = memory
     self.features = features
     cpu.pointee.tlb = .allocate(capacity: Int(SOFT_TLB_ENTRIES))
+    cpu.pointee.budget = .max
     codePages.initialize(repeating: CodePage(), count: CodePage.count)
     clearTLB()
     reset()
@@ -95,6 +103,8 @@ final class Processor: @unchecked Sendable {
 
   deinit {
     codePages.deallocate()
+    scratch.deallocate()
+    draftOperations.deallocate()
     cpu.pointee.tlb.deallocate()
     cpu.deallocate()
   }

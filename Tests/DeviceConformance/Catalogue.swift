@@ -24,7 +24,7 @@ struct Subject {
   init(_ device: any PCIDevice, host: PCIHost, bars: [Int: UInt64]) {
     self.device = device
     _ = host.add(device, at: PCIAddress(device: 3))
-    doors = [Door(target: host, offset: 1 << 32 | 3 << 15, size: 256)]
+    doors = [256, 4096].map { Door(target: host, offset: 1 << 32 | 3 << 15, size: $0) }
     for (bar, size) in bars.sorted(by: { $0.key < $1.key }) {
       doors.append(Door(target: device, offset: UInt64(bar) << 60, size: size))
     }

@@ -95,6 +95,9 @@ typedef struct {
   uint64_t fpu_instruction, fpu_data;
   __attribute__((aligned(16))) uint8_t st[8][16];
   __attribute__((aligned(16))) uint8_t vector[16][32];
+  // Of the instruction under way: a vector from memory, a result not yet committed, an FXSAVE or XSAVE area.
+  __attribute__((aligned(16))) uint8_t operand[32], result[32];
+  __attribute__((aligned(16))) uint8_t area[1024];
 } soft_cpu;
 
 static inline uint64_t *_Nonnull soft_general(soft_cpu *_Nonnull cpu) { return cpu->general; }
@@ -107,6 +110,22 @@ static inline uint64_t *_Nonnull soft_mtrr_fixed(soft_cpu *_Nonnull cpu) { retur
 static inline void *_Nonnull soft_st(soft_cpu *_Nonnull cpu, long index) { return cpu->st[index & 7]; }
 // The 32 bytes of vector register `index` (0 to 15).
 static inline void *_Nonnull soft_vector(soft_cpu *_Nonnull cpu, long index) { return cpu->vector[index & 15]; }
+
+// Integers of host memory at any alignment: Swift's own unaligned loads are calls.
+#define SOFT_ACCESS(bits)                                                                                              \
+  static inline uint##bits##_t soft_get##bits(const void *_Nonnull p) {                                                \
+    uint##bits##_t value;                                                                                              \
+    __builtin_memcpy(&value, p, sizeof value);                                                                         \
+    return value;                                                                                                      \
+  }                                                                                                                    \
+  static inline void soft_put##bits(void *_Nonnull p, uint##bits##_t value) { __builtin_memcpy(p, &value, sizeof value); }
+SOFT_ACCESS(8)
+SOFT_ACCESS(16)
+SOFT_ACCESS(32)
+SOFT_ACCESS(64)
+static inline void *_Nonnull soft_operand(soft_cpu *_Nonnull cpu) { return cpu->operand; }
+static inline void *_Nonnull soft_result(soft_cpu *_Nonnull cpu) { return cpu->result; }
+static inline void *_Nonnull soft_area(soft_cpu *_Nonnull cpu) { return cpu->area; }
 
 static inline int64_t soft_attention(soft_cpu *_Nonnull cpu) { return __atomic_load_n(&cpu->attention, __ATOMIC_RELAXED); }
 static inline void soft_set_attention(soft_cpu *_Nonnull cpu, int64_t value) {
@@ -153,5 +172,7 @@ static inline uint64_t *_Nonnull soft_requests(soft_cpu *_Nonnull cpu) { return 
 static inline uint64_t *_Nonnull soft_inside(soft_cpu *_Nonnull cpu) { return &cpu->inside; }
 
 static inline uint64_t soft_host_tsc(void) { return __builtin_ia32_rdtsc(); }
+
+#include "NativeUnits.h"
 
 #endif
