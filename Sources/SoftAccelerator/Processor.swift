@@ -47,6 +47,13 @@ final class Processor: @unchecked Sendable {
   var localAPIC: (any LocalInterruptController)?
   /// A #DB to be delivered after the instruction: bits of DR6.
   var pendingDebug: UInt64 = 0
+  /// Breakpoint registers watch accesses to data, to ports, and the execution of instructions: `updateDebug` derives
+  /// them from DR7.
+  var watchesData = false
+  var watchesPorts = false
+  var watchesCode = false
+  /// What the time-stamp counter counts.
+  var timeSource = TimeSource.monotonic
 
   /// Where pages of code are.
   let codePages = UnsafeMutablePointer<CodePage>.allocate(capacity: CodePage.count)

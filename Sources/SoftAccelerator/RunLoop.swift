@@ -53,9 +53,36 @@ extension Processor {
   /// Executes one instruction, decoded afresh.
   func step() throws(Interruption) {
     replay.position = 0
+    if isDebugged { return try stepDebugged() }
     let instruction = try fetch()
     let shadow = cpu.pointee.interrupt_shadow
     try execute(instruction)
+    finish(shadow: shadow)
+  }
+
+  /// The same with breakpoints, single-stepping or RF: what they find falls due after the instruction.
+  private func stepDebugged() throws(Interruption) {
+    try checkCodeBreakpoints()
+    let instruction = try fetch()
+    let shadow = cpu.pointee.interrupt_shadow
+    let flags = cpu.pointee.other_flags
+    let due = pendingDebug
+    // Each iteration of a repeated string instruction is a step.
+    let finishesOnly = self.finishesOnly
+    if flags & RFLAGS.tf.rawValue != 0 { self.finishesOnly = true }
+    defer { self.finishesOnly = finishesOnly }
+    do throws(Interruption) {
+      try execute(instruction)
+    } catch {
+      // An instruction that starts again, or never completed, has met nothing yet.
+      if case .exception(.debug) = error {} else { pendingDebug = due }
+      throw error
+    }
+    finishDebugging(instruction, flags: flags)
+    finish(shadow: shadow)
+  }
+
+  private func finish(shadow: UInt8) {
     finishDeviceAccesses()
     cpu.pointee.instructions &+= 1
     // What cast the shadow keeps it for one instruction.
@@ -64,7 +91,7 @@ extension Processor {
 
   /// Whether instructions must be taken one by one: a shadow to be lifted, or a device access to be repeated.
   private var stepsSingly: Bool {
-    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions
+    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged
   }
 
   /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).
