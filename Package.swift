@@ -56,11 +56,13 @@ let package = Package(
     library("GuestMemory", ["Host", "CLinux"]),
     library("StateTree"),
     library("JSON"),
-    library("Accelerator", ["GuestMemory", "StateTree"]),
+    library("MemoryViews", ["GuestMemory"], settings: hot),
+    library("Accelerator", ["GuestMemory", "MemoryViews", "StateTree"]),
     library("X86", settings: hot),
     .target(name: "CSoftCPU"),
     library(
-      "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "StateTree", "X86"], settings: hot),
+      "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "MemoryViews", "StateTree", "X86"],
+      settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
 
     // The machine.
@@ -93,6 +95,7 @@ let package = Package(
 
     tests("HostTests", ["Host"]),
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),
+    tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),

@@ -1,4 +1,5 @@
 import GuestMemory
+import MemoryViews
 import StateTree
 
 /// What runs a machine's vCPUs: KVM, or a CPU in software. Everything above sees only these protocols.
@@ -152,6 +153,16 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress?
   /// Gives the vCPU its local APIC, once and before the first run, where the interrupt controllers are in the VMM.
   func attach(_ controller: any LocalInterruptController) throws(AcceleratorError)
+  /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
+  /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
+  func selectView(_ view: MemoryView?) throws(AcceleratorError)
   /// Single step and hardware breakpoints on behalf of a debugger.
   func setDebug(_ control: DebugControl) throws(AcceleratorError)
+}
+
+extension VirtualCPU {
+  /// Refused: there are no views here.
+  public func selectView(_ view: MemoryView?) throws(AcceleratorError) {
+    throw .unsupported(engine: "kvm", what: "memory views")
+  }
 }

@@ -353,6 +353,7 @@ public final class Machine: MachineControl {
     case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
     case .tripleFault: crash(vcpu, .tripleFault)
     case .memoryFault(let address, _, _): crash(vcpu, .memoryFault(address))
+    case .viewViolation: crash(vcpu, .unexpectedExit("view violation"))
     case .entryFailure(let reason): crash(vcpu, .entryFailure(reason))
     case .internalError(let subcode, let data): crash(vcpu, .internalError(subcode: subcode, data: data.0))
     // KVM's ABI for a hypercall that nobody knows: -KVM_ENOSYS.

@@ -112,7 +112,8 @@ extension Processor {
     case .cmovo, .cmovno, .cmovb, .cmovae, .cmove, .cmovne, .cmovbe, .cmova, .cmovs, .cmovns, .cmovp, .cmovnp, .cmovl,
       .cmovge, .cmovle, .cmovg:
       return conditional(i, shape)
-    case .seto, .setno, .setb, .setae, .sete, .setne, .setbe, .seta, .sets, .setns, .setp, .setnp, .setl, .setge, .setle,
+    case .seto, .setno, .setb, .setae, .sete, .setne, .setbe, .seta, .sets, .setns, .setp, .setnp, .setl, .setge,
+      .setle,
       .setg:
       guard shape.kinds.0 == Shape.register else { return nil }
       return OperationCode(rawValue: OperationCode.setO.rawValue &+ UInt16(i.opcode & 15))

@@ -1,4 +1,5 @@
 import CSoftCPU
+import MemoryViews
 import X86
 
 /// Loads and stores by linear address: the TLB's inline path, and everything else behind it.
@@ -228,7 +229,8 @@ extension Processor {
     }
     let translation = try walk(linear, access)
     let offset = linear & 0xfff
-    guard let page = memory.page(translation.page) else {
+    let needed: PageRights = access.contains(.fetch) ? .execute : access.contains(.write) ? .write : .read
+    guard let page = try page(translation.page | offset, needed, linear: linear) else {
       return Location(host: nil, physical: translation.page | offset)
     }
     if access.contains(.write) {
@@ -240,9 +242,10 @@ extension Processor {
     if context == 0 { return location }
     if translation.isLarge { holdsLargePages = true }
     let isDirtyLogged = page.dirty.map { $0.pointee != 0 } ?? true
-    let takesWrites = translation.isWritable && page.isWritable && isDirtyLogged && !holdsCode(page.host)
+    let takesWrites =
+      translation.isWritable && page.isWritable && page.takesWrites && isDirtyLogged && !holdsCode(page.host)
     entry.pointee = soft_tlb_entry(
-      read_tag: tag, write_tag: takesWrites ? tag : 0,
+      read_tag: page.takesReads ? tag : 0, write_tag: takesWrites ? tag : 0,
       addend: UInt64(UInt(bitPattern: page.host)) &- (linear & ~0xfff), physical: translation.page)
     return location
   }

@@ -1,5 +1,7 @@
 import Accelerator
 import CSoftCPU
+import GuestMemory
+import MemoryViews
 import Synchronization
 import X86
 
@@ -37,8 +39,8 @@ final class Processor: @unchecked Sendable {
   var plainContext: UInt64 = 0
   /// The context of the code that runs.
   var codeContext: UInt64 = 0
-  /// The number of the memory view that the CPU's accesses obey; 0: all of memory with all rights.
-  var view: UInt32 = 0
+  /// The view that the CPU's accesses, fetches and page walks obey; nil: all of memory with all rights.
+  var view: MemoryView?
   /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.
   var holdsLargePages = false
   /// The local APIC, where it is in the VMM.
@@ -119,6 +121,8 @@ enum PendingExit {
   case port(UInt16, size: UInt8, isWrite: Bool, value: UInt64)
   /// Instructions or page tables where nothing is.
   case memoryFault(physical: UInt64)
+  /// An access that the active view forbids.
+  case viewViolation(ViewViolation)
   /// `hlt`.
   case halt
   /// An interrupt can be taken, and the VMM asked to be told.

@@ -1,6 +1,7 @@
 import Accelerator
 import CSoftCPU
 import GuestMemory
+import MemoryViews
 import X86
 
 /// One software CPU as the machine sees it: the protocol's contract over a `Processor`.
@@ -81,6 +82,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
       }
       return .portIO(PortAccess(port: port, size: size, isWrite: isWrite, count: 1, data: data))
     case .memoryFault(let physical): return .memoryFault(GuestPhysicalAddress(physical), size: 1, flags: 0)
+    case .viewViolation(let violation): return .viewViolation(violation)
     case .halt:
       processor.isHalted = true
       return .halt
@@ -120,6 +122,12 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   private func dropAccess() {
     awaitsAccess = false
     processor.finishDeviceAccesses()
+  }
+
+  /// Makes a view the active one.
+  public func selectView(_ view: MemoryView?) throws(AcceleratorError) {
+    processor.view = view
+    processor.selectSpace(keep: true)
   }
 
   // MARK: Events

@@ -1,4 +1,5 @@
 import CSoftCPU
+import MemoryViews
 import X86
 
 /// Numbers for the contexts in which translations hold: an address space seen by the supervisor, by the user, or by
@@ -138,7 +139,7 @@ extension Processor {
   /// Selects the address space that CR3 (with its PCID) and the view stand for.
   func selectSpace(keep: Bool) {
     let pcid = cpu.pointee.cr4 & CR4.pcide.rawValue != 0 ? cpu.pointee.cr3 & CR3.pcid.rawValue : 0
-    contexts.select(pcid | UInt64(view) << 32, keep: keep)
+    contexts.select(pcid | UInt64(view?.number ?? 0) << 32, keep: keep)
     updateContext()
   }
 
