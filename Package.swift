@@ -61,7 +61,7 @@ let package = Package(
 
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
-    library("PlatformDevices", ["DeviceModel", "GuestMemory", "Host", "StateTree"]),
+    library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
     library("Boot", ["Accelerator", "CElf", "CFirmware", "GuestMemory", "Host"]),
     library(
       "Machine",
@@ -97,7 +97,9 @@ let package = Package(
     .target(
       name: "DeviceTesting", dependencies: ["DeviceModel", "GuestMemory", "PlatformDevices"],
       path: "Tests/DeviceTesting", swiftSettings: strict),
-    tests("PlatformDevicesTests", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
+    tests(
+      "PlatformDevicesTests",
+      ["Accelerator", "DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("DeviceConformance", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     .target(name: "TestGuests", path: "Tests/Support/TestGuests"),
     tests(
