@@ -67,7 +67,7 @@ let package = Package(
 
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
-    library("PlatformDevices", ["DeviceModel", "GuestMemory", "Host", "StateTree"]),
+    library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
     library("Boot", ["Accelerator", "CElf", "CFirmware", "GuestMemory", "Host"]),
     library(
       "Machine",
@@ -105,12 +105,14 @@ let package = Package(
     .target(
       name: "DeviceTesting", dependencies: ["DeviceModel", "GuestMemory", "PlatformDevices"],
       path: "Tests/DeviceTesting", swiftSettings: strict),
-    tests("PlatformDevicesTests", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
+    tests(
+      "PlatformDevicesTests",
+      ["Accelerator", "DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     tests("DeviceConformance", ["DeviceModel", "DeviceTesting", "GuestMemory", "PlatformDevices", "StateTree"]),
     .target(name: "TestGuests", path: "Tests/Support/TestGuests"),
     tests(
       "AcceleratorConformance",
-      ["Accelerator", "GuestMemory", "Host", "KVMAccelerator", "StateTree", "TestGuests"]),
+      ["Accelerator", "GuestMemory", "Host", "KVMAccelerator", "SoftAccelerator", "StateTree", "TestGuests"]),
     tests(
       "MachineTests",
       [

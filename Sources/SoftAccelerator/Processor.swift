@@ -37,8 +37,9 @@ final class Processor: @unchecked Sendable {
   var contexts = TranslationContexts()
   /// The context of the program's data accesses, even where `cpu.data_context` sends them the slow way.
   var plainContext: UInt64 = 0
-  /// The context of the code that runs.
+  /// The context of the code that runs, and the base and limit of CS that it was made for (0 in 64-bit mode).
   var codeContext: UInt64 = 0
+  var codePlace: (UInt64, UInt64) = (0, 0)
   /// The view that the CPU's accesses, fetches and page walks obey; nil: all of memory with all rights.
   var view: MemoryView?
   /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.

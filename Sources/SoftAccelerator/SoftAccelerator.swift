@@ -9,6 +9,7 @@ public final class SoftAccelerator: Accelerator {
   /// What the software CPUs can do, on every host.
   public let capabilities: AcceleratorCapabilities = [
     .readOnlyMemory, .dirtyLog, .guestDebug, .watchpoints, .nativeRing0, .executePermission,
+    .controllerRegisters,
   ]
 
   /// The engine; it has no state of its own.

@@ -137,6 +137,12 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.localAPIC = controller
   }
 
+  /// Nanoseconds until the time-stamp counter, which counts them, has a value.
+  public func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64? {
+    let now = processor.timeStampCounter
+    return ticks > now ? ticks - now : 0
+  }
+
   /// Puts an external interrupt at the INTR pin.
   public func injectInterrupt(vector: UInt8) throws(AcceleratorError) { processor.pendingInterrupt = vector }
 

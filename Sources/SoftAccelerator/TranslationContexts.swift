@@ -70,6 +70,12 @@ extension Processor {
       !isUser && cpu.pointee.cr4 & CR4.smap.rawValue != 0 && cpu.pointee.other_flags & RFLAGS.ac.rawValue != 0
     plainContext = dataContext(isUser ? 1 : liftsSMAP ? 2 : 0)
     cpu.pointee.data_context = checksEveryAccess ? TranslationContexts.slow : plainContext
+    // Decoded code is known by instruction pointer: outside 64-bit mode that is another place with another base.
+    let codeSegment = is64Bit ? (0, 0) : (segments[1].base, UInt64(segments[1].limit))
+    if codeSegment != codePlace {
+      codePlace = codeSegment
+      contexts.flushCode()
+    }
     codeContext = codeContext(isUser: isUser)
   }
 
