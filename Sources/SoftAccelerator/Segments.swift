@@ -248,11 +248,9 @@ struct StackFrame {
 }
 
 extension Processor {
-  /// Pushes a frame of values of `size` bytes each onto a stack; returns the new stack pointer.
-  ///
-  /// - Parameters:
-  ///   - isNew: whether the stack is an inner level's, which the processor itself writes to.
-  ///   - fault: the error code of #SS where there is no room.
+  /// Pushes a frame of values of `size` bytes each onto a stack, and answers the new stack pointer. A stack that
+  /// `isNew` is an inner level's, which the processor itself writes to. `fault` is #SS's error code where there is no
+  /// room.
   func push(
     _ frame: StackFrame, size: UInt8, stack: soft_segment, pointer: UInt64, isNew: Bool, fault: UInt32
   ) throws(Interruption) -> UInt64 {

@@ -13,11 +13,9 @@ enum TaskSwitchReason {
 extension Processor {
   /// Saves the current task in its TSS and goes on with another.
   ///
-  /// - Parameters:
-  ///   - found: the TSS descriptor, whose type and presence are checked already.
-  ///   - returnIP: where the current task goes on.
-  ///   - flags: RFLAGS as the current task finds them then.
-  ///   - external: EXT, bit 0 of error codes.
+  /// The type and presence of the TSS descriptor are checked already. `returnIP` and `flags` are what the current task
+  /// finds when it goes on; `external` is EXT, bit 0 of error codes.
+  ///
   /// - Throws: what reading or writing either TSS raises, before anything is changed; or what the new task's own
   ///   registers raise, in the new task's context.
   func switchTask(
