@@ -246,7 +246,8 @@ extension Processor {
   // MARK: XSAVE layout (SDM vol. 1, 13.4)
 
   private var extendedState: [UInt8] {
-    let size = Int(features.extendedStateSize(features.xcr0))
+    // With room for AVX's part, present or not, as on hosts that have it.
+    let size = max(832, Int(features.extendedStateSize(features.xcr0)))
     var area = [UInt8](repeating: 0, count: size)
     area.withUnsafeMutableBytes { area in
       area.storeBytes(of: cpu.pointee.fpu_control, toByteOffset: 0, as: UInt16.self)

@@ -105,7 +105,9 @@ public final class SoftVirtualMachine: VirtualMachine {
   }
 
   /// There are no rings.
-  public func collectDirtyRings() -> [(slot: UInt32, page: UInt64)] { [] }
+  public func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)] {
+    throw .unsupported(engine: "soft", what: "dirty rings")
+  }
 
   // MARK: vCPUs
 
