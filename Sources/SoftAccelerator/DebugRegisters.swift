@@ -79,7 +79,6 @@ extension Processor {
       }
     }
     updateContext()
-    if isDebugged { lookAround() }
   }
 
   /// Whether instructions must be executed one by one: for single steps, RF or breakpoints.
