@@ -1,4 +1,5 @@
 import GuestMemory
+import MemoryViews
 import StateTree
 
 /// What runs a machine's vCPUs: KVM, or a CPU in software. Everything above sees only these protocols.
@@ -51,6 +52,11 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let nativeRing0 = Self(rawValue: 1 << 8)
   /// Execute permission of a page apart from read permission.
   public static let executePermission = Self(rawValue: 1 << 9)
+  /// A guest TSC at another rate than the host's.
+  public static let tscScaling = Self(rawValue: 1 << 10)
+  /// The APIC's MSRs reach the controller that `attach` gives a vCPU. Without, a guest whose local APICs are in the VMM
+  /// must see neither x2APIC nor TSC deadline.
+  public static let controllerRegisters = Self(rawValue: 1 << 11)
 }
 
 /// One virtual machine of an accelerator. Its methods may be called from any thread.
@@ -145,6 +151,25 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func injectNMI() throws(AcceleratorError)
   /// Guest-physical address of a linear address by the vCPU's own page tables; nil where it is not mapped.
   func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress?
+  /// Gives the vCPU its local APIC, once and before the first run, where the interrupt controllers are in the VMM
+  /// (`.userSpace`). From then on `run` takes interrupts from it by itself.
+  func attach(_ controller: any LocalInterruptController) throws(AcceleratorError)
+  /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
+  /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
+  func selectView(_ view: MemoryView?) throws(AcceleratorError)
+  /// Gives the vCPU the PIC's interrupts, once and before the first run, where only the local APICs are the accelerator's
+  /// (`.split`).
+  func attach(external source: any InterruptSource) throws(AcceleratorError)
+  /// Guest nanoseconds until the vCPU's time-stamp counter has this value, 0 where it has passed; nil where that will
+  /// never be. For the TSC deadline of an attached local APIC, on the vCPU's thread.
+  func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64?
   /// Single step and hardware breakpoints on behalf of a debugger.
   func setDebug(_ control: DebugControl) throws(AcceleratorError)
+}
+
+extension VirtualCPU {
+  /// Refused: there are no views here.
+  public func selectView(_ view: MemoryView?) throws(AcceleratorError) {
+    throw .unsupported(engine: "kvm", what: "memory views")
+  }
 }

@@ -1,4 +1,5 @@
 import GuestMemory
+import MemoryViews
 
 /// Why a vCPU came back from the guest. Data pointers are valid until the next call on the vCPU.
 public enum VCPUExit {
@@ -22,6 +23,8 @@ public enum VCPUExit {
   case emulationFailure(InstructionBytes)
   /// An instruction was fetched from, or page tables lie in, guest-physical space without a slot.
   case memoryFault(GuestPhysicalAddress, size: UInt64, flags: UInt64)
+  /// An access that the active view forbids; the state is the one before the instruction, which runs again.
+  case viewViolation(ViewViolation)
   /// An end of interrupt for a level-triggered vector, for an IOAPIC in the VMM.
   case endOfInterrupt(vector: UInt8)
   /// A dirty ring is full: collect before running on.
@@ -112,6 +115,26 @@ public struct MemoryAccess {
     self.size = size
     self.isWrite = isWrite
     self.data = data
+  }
+}
+
+/// An access that a view forbids.
+public struct ViewViolation: Equatable, Sendable {
+  /// The number of the view.
+  public let view: UInt32
+  /// The byte that was accessed, or the page-table entry.
+  public let address: GuestPhysicalAddress
+  /// The linear address that the access was for.
+  public let linear: UInt64
+  /// The right that is missing.
+  public let missing: PageRights
+
+  /// A violation as the accelerator saw it.
+  public init(view: UInt32, address: GuestPhysicalAddress, linear: UInt64, missing: PageRights) {
+    self.view = view
+    self.address = address
+    self.linear = linear
+    self.missing = missing
   }
 }
 

@@ -68,7 +68,7 @@ public enum BootCatalogue {
     guard let image = request.image else {
       guard request.firmware != nil else { throw .nothingToBoot }
       let state = EntryState.reset
-      return BootEntry(kind: nil, general: state.general, system: state.system, placements: [])
+      return BootEntry(general: state.general, system: state.system)
     }
     let loader = try checkedLoader(for: image, request)
     var placer = Placer(

@@ -73,4 +73,14 @@ public struct BootEntry: Equatable, Sendable {
   public let system: SystemRegisters
   /// What was put where, in the order it was done.
   public let placements: [BootPlacement]
+
+  /// An entry; without a kind, one that puts nothing into memory.
+  public init(
+    kind: BootKind? = nil, general: GeneralRegisters, system: SystemRegisters, placements: [BootPlacement] = []
+  ) {
+    self.kind = kind
+    self.general = general
+    self.system = system
+    self.placements = placements
+  }
 }

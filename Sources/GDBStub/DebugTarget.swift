@@ -17,14 +17,14 @@ public protocol DebugTarget: AnyObject, Sendable {
   func observeStops(_ handler: @escaping @Sendable (DebugStop) -> Void)
   /// Takes every vCPU out of the guest and returns when all are; no effect where they are.
   func stopAll()
-  /// Lets the vCPUs go, one action each.
-  func resume(_ actions: [ResumeAction])
+  /// Lets the vCPUs go, one action each; on an error all of them stay where they are.
+  func resume(_ actions: [ResumeAction]) throws(DebugError)
   /// Ends the machine; returns before it has ended.
   func quit()
 
   /// The registers of a vCPU.
   func readRegisters(of thread: Int) throws(DebugError) -> DebuggerRegisters
-  /// Replaces the registers of a vCPU; what did not change needs no writing.
+  /// Replaces the registers of a vCPU; only those that changed are written.
   func writeRegisters(_ registers: DebuggerRegisters, of thread: Int) throws(DebugError)
   /// Reads `count` bytes at a linear address as a vCPU's page tables have it.
   ///

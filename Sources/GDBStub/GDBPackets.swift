@@ -70,7 +70,7 @@ extension GDBSession {
     breakpoints = []
     send("OK")
     output.isOver = true
-    if !isRunning { target.resume(Array(repeating: .run, count: target.threadCount)) }
+    if !isRunning { try? target.resume(Array(repeating: .run, count: target.threadCount)) }
   }
 
   private mutating func kill() {

@@ -98,11 +98,14 @@ public struct GDBSession {
 
   /// Lets the machine go, unless there is something to report first.
   mutating func resume(_ actions: [ResumeAction]) {
-    isRunning = true
-    if pending.isEmpty {
-      target.resume(actions)
-    } else {
-      report(pending.removeFirst())
+    guard pending.isEmpty else { return report(pending.removeFirst()) }
+    do throws(DebugError) {
+      // Before it is let go: a stop may be reported before `resume` returns.
+      isRunning = true
+      try target.resume(actions)
+    } catch {
+      isRunning = false
+      send(.accelerator)
     }
   }
 

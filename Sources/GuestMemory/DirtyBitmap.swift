@@ -1,3 +1,4 @@
+import Host
 import Synchronization
 
 /// One bit a 4 KiB page of the memory file, set by the VMM's own writes while tracking is on.
@@ -8,21 +9,18 @@ public final class DirtyBitmap: @unchecked Sendable {
   /// Number of pages.
   public let pages: Int
 
+  /// Fresh mappings read as zero and cost nothing until a word is touched, however much memory they describe.
+  private let mapping: MemoryMapping
   private let words: UnsafeMutablePointer<Atomic<UInt64>>
   private let wordCount: Int
   private let tracking = Atomic(false)
 
   /// A clean bitmap that does not track yet.
-  public init(pages: Int) {
+  public init(pages: Int) throws(HostError) {
     self.pages = pages
     wordCount = (pages + 63) / 64
-    words = .allocate(capacity: max(1, wordCount))
-    for index in 0..<wordCount { (words + index).initialize(to: Atomic(0)) }
-  }
-
-  deinit {
-    words.deinitialize(count: wordCount)
-    words.deallocate()
+    mapping = try MemoryMapping(anonymous: max(1, wordCount) * MemoryLayout<Atomic<UInt64>>.stride)
+    words = mapping.base.assumingMemoryBound(to: Atomic<UInt64>.self)
   }
 
   /// Whether writes are recorded.

@@ -67,6 +67,7 @@ public final class GuestMemory: Sendable {
     do {
       file = try makeMemoryFile(name: "guest-ram", size: Int(total))
       mapping = try MemoryMapping(file, count: Int(total))
+      dirty = try DirtyBitmap(pages: Int(total >> 12))
     } catch {
       throw .host(error)
     }
@@ -78,7 +79,6 @@ public final class GuestMemory: Sendable {
       offset += range.size
     }
     self.regions = regions
-    dirty = DirtyBitmap(pages: Int(total >> 12))
     table = .allocate(capacity: regions.count)
     table.initialize(from: regions, count: regions.count)
   }
@@ -106,7 +106,7 @@ public final class GuestMemory: Sendable {
     return nil
   }
 
-  /// Reads one little-endian integer, with a single access where it is naturally aligned.
+  /// Reads one little-endian integer, with a single access where it is naturally aligned and no wider than 64 bits.
   public func read<T: FixedWidthInteger>(
     _ address: GuestPhysicalAddress, as type: T.Type = T.self
   ) throws(GuestMemoryError) -> T {
@@ -116,11 +116,12 @@ public final class GuestMemory: Sendable {
     case 1: T(truncatingIfNeeded: clinux_load8(pointer))
     case 2: T(truncatingIfNeeded: clinux_load16(pointer))
     case 4: T(truncatingIfNeeded: clinux_load32(pointer))
-    default: T(truncatingIfNeeded: clinux_load64(pointer))
+    case 8: T(truncatingIfNeeded: clinux_load64(pointer))
+    default: T(littleEndian: pointer.loadUnaligned(as: T.self))
     }
   }
 
-  /// Writes one little-endian integer, with a single access where it is naturally aligned.
+  /// Writes one little-endian integer, with a single access where it is naturally aligned and no wider than 64 bits.
   public func write<T: FixedWidthInteger>(
     _ value: T, to address: GuestPhysicalAddress
   ) throws(GuestMemoryError) {
@@ -130,7 +131,8 @@ public final class GuestMemory: Sendable {
     case 1: clinux_store8(pointer, UInt8(truncatingIfNeeded: value))
     case 2: clinux_store16(pointer, UInt16(truncatingIfNeeded: value))
     case 4: clinux_store32(pointer, UInt32(truncatingIfNeeded: value))
-    default: clinux_store64(pointer, UInt64(truncatingIfNeeded: value))
+    case 8: clinux_store64(pointer, UInt64(truncatingIfNeeded: value))
+    default: pointer.storeBytes(of: value.littleEndian, as: T.self)
     }
     markDirty(pointer, count: count)
   }

@@ -14,7 +14,12 @@ public struct EventNotifier: ~Copyable, Sendable {
 
   /// Adds one to the count. A full counter is already a pending event, so its EAGAIN is no failure.
   public borrowing func signal() {
-    _ = eventfd_write(descriptor.rawValue, 1)
+    Self.signal(descriptor.rawValue)
+  }
+
+  /// Adds one to the count of an eventfd that somebody else owns.
+  public static func signal(_ descriptor: Int32) {
+    _ = eventfd_write(descriptor, 1)
   }
 
   /// Takes the count and sets it to zero; 0 when nothing was pending.

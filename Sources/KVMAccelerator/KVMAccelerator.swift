@@ -57,6 +57,7 @@ public final class KVMAccelerator: Accelerator {
     if has(KVM_CAP_SPLIT_IRQCHIP) { capabilities.insert(.splitInterrupts) }
     if has(KVM_CAP_IRQFD), has(KVM_CAP_IOEVENTFD) { capabilities.insert(.eventNotifiers) }
     if has(KVM_CAP_SET_GUEST_DEBUG) { capabilities.insert(.guestDebug) }
+    if has(KVM_CAP_TSC_CONTROL) { capabilities.insert(.tscScaling) }
     if Self.hasHardwareVirtualization() {
       capabilities.formUnion([.nativeRing0, .watchpoints])
       // Without, KVM emulates runs of ring-0 instructions between its looks at the ring: it exits too late, and entries

@@ -132,14 +132,15 @@ extension KVMVirtualCPU {
     state.debug.addresses = [debug.db.0, debug.db.1, debug.db.2, debug.db.3]
     state.debug.dr6 = debug.dr6
     state.debug.dr7 = debug.dr7
-    state.tscKilohertz = UInt32(max(0, ioctl(descriptor.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0)))
+    state.tscKilohertz = readTSCRate()
     return state
   }
 
   /// Replaces the whole state.
   ///
   /// The order matters: XCR0 before the extended state it enables; the APIC base (in the system registers) before the
-  /// LAPIC page; the LAPIC before the TSC deadline that arms its timer; pending events after everything that clears them.
+  /// LAPIC page; the TSC's rate before its value; both and the LAPIC before the TSC deadline that arms its timer; pending
+  /// events after everything that clears them.
   public func writeState(_ state: VCPUState) throws(AcceleratorError) {
     var activity = kvm_mp_state(mp_state: state.activity.rawValue)
     if machine.interrupts != .userSpace {
@@ -167,12 +168,26 @@ extension KVMVirtualCPU {
       withUnsafeMutableBytes(of: &page) { $0.copyBytes(from: state.localAPIC) }
       try kvmCall("KVM_SET_LAPIC", descriptor.rawValue, CLINUX_KVM_SET_LAPIC, with: &page)
     }
+    try writeTSCRate(state.tscKilohertz)
     try writeModelSpecificRegisters(state.modelSpecific)
     var events = kvm_vcpu_events(state.events)
     // KVM refuses the parts that the virtual machine could not turn on.
     if !machine.hasExceptionPayloads { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_PAYLOAD) }
     if !machine.hasTripleFaultEvents { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) }
     try kvmCall("KVM_SET_VCPU_EVENTS", descriptor.rawValue, CLINUX_KVM_SET_VCPU_EVENTS, with: &events)
+  }
+
+  /// Kilohertz; 0 where the host does not know.
+  private func readTSCRate() -> UInt32 { UInt32(max(0, ioctl(descriptor.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0))) }
+
+  /// A host that cannot scale keeps its own rate; asked all the same, it may only change what it says the rate is.
+  private func writeTSCRate(_ kilohertz: UInt32) throws(AcceleratorError) {
+    guard machine.accelerator.capabilities.contains(.tscScaling), kilohertz != 0, kilohertz != readTSCRate() else {
+      return
+    }
+    _ = try kvmCall(
+      "KVM_SET_TSC_KHZ", descriptor.rawValue, CLINUX_KVM_SET_TSC_KHZ,
+      UnsafeMutableRawPointer(bitPattern: UInt(kilohertz)))
   }
 
   private func invalid(_ field: String, _ value: Int) -> AcceleratorError {

@@ -6,20 +6,14 @@ import Synchronization
 /// How the guest gets into memory: carried out at the start and again at every reset.
 struct BootPlan: Sendable {
   /// Writes the guest into memory and says where the boot processor begins.
-  let load: @Sendable (GuestMemory) throws(MachineError) -> Entry
+  let load: @Sendable (GuestMemory) throws(MachineError) -> BootEntry
   /// Says where the boot processor begins after S3.
-  let wake: @Sendable (GuestMemory) throws(MachineError) -> Entry
-
-  /// The boot processor's registers at the guest's first instruction; the others are as after reset.
-  struct Entry: Sendable {
-    var general: GeneralRegisters
-    var system: SystemRegisters
-  }
+  let wake: @Sendable (GuestMemory) throws(MachineError) -> BootEntry
 
   /// A plan given by its two functions.
   init(
-    load: @escaping @Sendable (GuestMemory) throws(MachineError) -> Entry,
-    wake: @escaping @Sendable (GuestMemory) throws(MachineError) -> Entry
+    load: @escaping @Sendable (GuestMemory) throws(MachineError) -> BootEntry,
+    wake: @escaping @Sendable (GuestMemory) throws(MachineError) -> BootEntry
   ) {
     self.load = load
     self.wake = wake
@@ -34,8 +28,7 @@ struct BootPlan: Sendable {
       do throws(BootError) {
         try request.firmware?.copyAlias(into: memory)
         try tables?.write(to: memory)
-        let entry = try BootCatalogue.boot(request, into: memory)
-        return Entry(general: entry.general, system: entry.system)
+        return try BootCatalogue.boot(request, into: memory)
       } catch {
         throw .boot(error)
       }
@@ -44,11 +37,10 @@ struct BootPlan: Sendable {
       do throws(GuestMemoryError) {
         // The FACS's firmware waking vector (ACPI 6.5, table 5.15): real mode, CS:IP from the physical address.
         let vector: UInt32 = try memory.read(GuestPhysicalAddress(ACPITables.facsAddress + 12))
-        let state = VCPUState()
-        var entry = Entry(general: state.general, system: state.system)
-        entry.general.rip = UInt64(vector & 0xf)
-        entry.system.cs = .real(selector: UInt16(truncatingIfNeeded: vector >> 4), code: true)
-        return entry
+        var state = VCPUState()
+        state.general.rip = UInt64(vector & 0xf)
+        state.system.cs = .real(selector: UInt16(truncatingIfNeeded: vector >> 4), code: true)
+        return BootEntry(general: state.general, system: state.system)
       } catch {
         throw .memory(error)
       }

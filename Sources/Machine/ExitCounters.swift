@@ -6,7 +6,8 @@ public final class ExitCounters: @unchecked Sendable {
   /// A reason, under the name that reports print.
   public enum Reason: Int, CaseIterable, Sendable {
     case portIn, portOut, memoryRead, memoryWrite, halt, kick, interruptWindow, tripleFault, systemEvent, debug
-    case emulationFailure, memoryFault, endOfInterrupt, dirtyRingFull, hypercall, entryFailure, internalError, unknown
+    case emulationFailure, memoryFault, viewViolation, endOfInterrupt, dirtyRingFull, hypercall, entryFailure
+    case internalError, unknown
 
     /// The reason of an exit.
     @inline(__always)
@@ -23,6 +24,7 @@ public final class ExitCounters: @unchecked Sendable {
         case .debug: .debug
         case .emulationFailure: .emulationFailure
         case .memoryFault: .memoryFault
+        case .viewViolation: .viewViolation
         case .endOfInterrupt: .endOfInterrupt
         case .dirtyRingFull: .dirtyRingFull
         case .hypercall: .hypercall
@@ -47,6 +49,7 @@ public final class ExitCounters: @unchecked Sendable {
       case .debug: "debug"
       case .emulationFailure: "emulation-failure"
       case .memoryFault: "memory-fault"
+      case .viewViolation: "view-violation"
       case .endOfInterrupt: "end-of-interrupt"
       case .dirtyRingFull: "dirty-ring-full"
       case .hypercall: "hypercall"

@@ -1,4 +1,5 @@
 import Accelerator
+import Boot
 import DeviceModel
 import GuestMemory
 import Host
@@ -40,6 +41,7 @@ public final class Machine: MachineControl {
   private let pristine: (machine: StateNode, vcpus: [VCPUState])
   private let operations = Mutex(Operations())
   private let outcome = Condition<Outcome?>(nil)
+  private let bootEntry = Mutex<BootEntry?>(nil)
   private let threads = Mutex<[HostThread]>([])
   private let threadIDs: Condition<[Int: Int32]> = Condition([:])
   private let listeners = Mutex<[@Sendable (MachineEvent) -> Void]>([])
@@ -67,6 +69,12 @@ public final class Machine: MachineControl {
     for vcpu in parts.vcpus { states.append(try vcpu.readState()) }
     pristine = (try parts.virtualMachine.save(), states)
   }
+
+  /// How the run has ended; nil while it has not.
+  public var result: Outcome? { outcome.withLock { $0 } }
+
+  /// What the guest is, and what of it is where in memory; nil before the start.
+  public var booted: BootEntry? { bootEntry.withLock { $0 } }
 
   /// What the machine is doing.
   public var state: RunState { operations.withLock { $0.state } }
@@ -264,10 +272,12 @@ public final class Machine: MachineControl {
 
   /// Puts the guest into memory and the boot processor at its entry.
   private func load() throws(MachineError) {
-    try start(boot.load(memory))
+    let entry = try boot.load(memory)
+    bootEntry.withLock { $0 = entry }
+    try start(entry)
   }
 
-  private func start(_ entry: BootPlan.Entry) throws(MachineError) {
+  private func start(_ entry: BootEntry) throws(MachineError) {
     do {
       try vcpus[0].writeRegisters(entry.general)
       try vcpus[0].writeSystemRegisters(entry.system)
@@ -343,6 +353,7 @@ public final class Machine: MachineControl {
     case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
     case .tripleFault: crash(vcpu, .tripleFault)
     case .memoryFault(let address, _, _): crash(vcpu, .memoryFault(address))
+    case .viewViolation: crash(vcpu, .unexpectedExit("view violation"))
     case .entryFailure(let reason): crash(vcpu, .entryFailure(reason))
     case .internalError(let subcode, let data): crash(vcpu, .internalError(subcode: subcode, data: data.0))
     // KVM's ABI for a hypercall that nobody knows: -KVM_ENOSYS.

@@ -40,6 +40,11 @@ public struct MachineBuilder {
     // What can be refused is refused before anything is allocated.
     try boot { () throws(BootError) in try BootCatalogue.check(request) }
 
+    let kind = try boot { () throws(BootError) in
+      try configuration.image.map { image throws(BootError) in
+        try BootCatalogue.kind(of: image, loadAddress: configuration.loadAddress)
+      }
+    }
     let memory: GuestMemory
     do { memory = try GuestMemory(map.ram) } catch { throw .memory(error) }
     let loop: EventLoop
@@ -64,7 +69,7 @@ public struct MachineBuilder {
     let platform: MachinePlatform
     do {
       platform = try MachinePlatform(
-        configuration, memory: memory, map: map, clock: clock, machine: link,
+        configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link,
         interrupts: VirtualMachineInterrupts(virtualMachine))
     } catch {
       throw .device(error)

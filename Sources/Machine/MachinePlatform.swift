@@ -15,8 +15,8 @@ struct MachinePlatform {
   let pci: PCIHost
 
   init(
-    _ configuration: MachineConfiguration, memory: GuestMemory, map: MemoryMap, clock: any DeviceClock,
-    machine: any MachineControl, interrupts: any InterruptSink
+    _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
+    clock: any DeviceClock, machine: any MachineControl, interrupts: any InterruptSink
   ) throws(DeviceModelError) {
     // Devices on one interrupt share its line.
     var lines: [UInt32: InterruptLine] = [:]
@@ -40,8 +40,9 @@ struct MachinePlatform {
     try add(I8042(line: line(1), machine: machine))
     try add(ResetControl(machine: machine))
     try add(DebugExit(machine: machine))
-    // QEMU's test device: kvm-unit-tests raise interrupts through it. No guest finds its ports by chance.
-    try add(TestDevice(lines: TestDevice.interrupts.map { line($0) }))
+    // QEMU's test device: kvm-unit-tests, which are Multiboot images, raise interrupts through it. Others must not meet
+    // its ports by chance.
+    if kind == .multiboot { try add(TestDevice(lines: TestDevice.interrupts.map { line($0) })) }
     try add(DebugConsole(output: configuration.serial))
     try add(pci)
     try add(PCIHostBridge(host: pci, interrupts: interrupts), at: PCIHostBridge.address)

@@ -6,7 +6,7 @@ extension Processor {
   /// Reads 1 to 8 bytes of a device.
   func deviceRead(_ physical: UInt64, size: UInt8) throws(Interruption) -> UInt64 {
     if let controller = localAPICPage(physical) {
-      return replayed { UInt64(controller.read(register: UInt16(physical & 0xfff))) }
+      return replayed { physical & 15 == 0 ? UInt64(controller.read(register: UInt16(physical & 0xff0))) : 0 }
     }
     if replay.position < replay.values.count {
       replay.position += 1
@@ -20,7 +20,9 @@ extension Processor {
   func deviceWrite(_ physical: UInt64, size: UInt8, value: UInt64) throws(Interruption) {
     if let controller = localAPICPage(physical) {
       _ = replayed {
-        controller.write(register: UInt16(physical & 0xfff), value: UInt32(truncatingIfNeeded: value))
+        if physical & 15 == 0 {
+          controller.write(register: UInt16(physical & 0xff0), value: UInt32(truncatingIfNeeded: value))
+        }
         return 0
       }
       return

@@ -31,7 +31,7 @@ extension Processor {
       write(1, general[1] &- 1, size: i.addressSize)
       left &-= 1
       if i.operation.isRepeatedByZF, zero != i.prefixes.contains(.rep) { break }
-      if pendingDebug != 0 {
+      if pendingDebug != 0 || finishesOnly {
         // A data breakpoint stops between iterations.
         if general[1] & counterMask != 0 { nextIP = cpu.pointee.rip }
         return true

@@ -115,7 +115,8 @@ extension Processor {
       statusFlags = rax
     } else if destination.kind == .memory {
       if flags & Int(SOFT_UNIT_RAX) != 0 { Self.write(rax, result, size: 8) }
-      try storeVector(from: result, address(i, size: Int(destination.size), isWrite: true), count: Int(destination.size))
+      try storeVector(
+        from: result, address(i, size: Int(destination.size), isWrite: true), count: Int(destination.size))
     } else if flags & Int(SOFT_UNIT_RAX) != 0 {
       write(destination.register, rax)
     } else if let register {
@@ -165,7 +166,9 @@ extension Processor {
   ) {
     // Lengths are 64-bit only with REX.W; the unit's always are.
     let is64 = i.rex & 8 != 0 && i.mode == .code64
-    let lengths = (is64 ? general[0] : Self.signExtend(general[0], 4), is64 ? general[2] : Self.signExtend(general[2], 4))
+    let lengths = (
+      is64 ? general[0] : Self.signExtend(general[0], 4), is64 ? general[2] : Self.signExtend(general[2], 4)
+    )
     let result = soft_result(cpu)
     let packed = soft_run(code, result, a, b, a, lengths.0, lengths.1)
     statusFlags = packed & 0xffff_ffff

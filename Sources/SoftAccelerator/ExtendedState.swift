@@ -186,7 +186,8 @@ extension Processor {
   private var usedComponents: UInt64 {
     var used: UInt64 = 0
     let hasX87 =
-      cpu.pointee.fpu_control != 0x37f || cpu.pointee.fpu_status != 0 || cpu.pointee.fpu_valid != 0 || cpu.pointee.fpu_opcode != 0
+      cpu.pointee.fpu_control != 0x37f || cpu.pointee.fpu_status != 0 || cpu.pointee.fpu_valid != 0
+      || cpu.pointee.fpu_opcode != 0
       || cpu.pointee.fpu_instruction != 0 || cpu.pointee.fpu_data != 0
     if hasX87 || !(0..<8).allSatisfy({ isZero(soft_st(cpu, $0), 16) }) { used |= 1 }
     for index in 0..<vectorCount {

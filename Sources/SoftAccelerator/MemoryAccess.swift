@@ -1,4 +1,5 @@
 import CSoftCPU
+import MemoryViews
 import X86
 
 /// Loads and stores by linear address: the TLB's inline path, and everything else behind it.
@@ -19,7 +20,7 @@ extension Processor {
     let entry = cpu.pointee.tlb + Self.tlbIndex(linear)
     let last = linear &+ UInt64(MemoryLayout<T>.size &- 1)
     if entry.pointee.read_tag == last & ~0xfff | cpu.pointee.data_context {
-      return Self.host(linear, entry).loadUnaligned(as: T.self)
+      return FastState.load(Self.host(linear, entry))
     }
     return T(truncatingIfNeeded: try loadSlowly(linear, size: UInt8(MemoryLayout<T>.size)))
   }
@@ -30,7 +31,7 @@ extension Processor {
     let entry = cpu.pointee.tlb + Self.tlbIndex(linear)
     let last = linear &+ UInt64(MemoryLayout<T>.size &- 1)
     if entry.pointee.write_tag == last & ~0xfff | cpu.pointee.data_context {
-      Self.host(linear, entry).storeBytes(of: value, as: T.self)
+      FastState.store(value, Self.host(linear, entry))
       return
     }
     try storeSlowly(UInt64(truncatingIfNeeded: value), linear, size: UInt8(MemoryLayout<T>.size))
@@ -228,7 +229,8 @@ extension Processor {
     }
     let translation = try walk(linear, access)
     let offset = linear & 0xfff
-    guard let page = memory.page(translation.page) else {
+    let needed: PageRights = access.contains(.fetch) ? .execute : access.contains(.write) ? .write : .read
+    guard let page = try page(translation.page | offset, needed, linear: linear) else {
       return Location(host: nil, physical: translation.page | offset)
     }
     if access.contains(.write) {
@@ -240,9 +242,10 @@ extension Processor {
     if context == 0 { return location }
     if translation.isLarge { holdsLargePages = true }
     let isDirtyLogged = page.dirty.map { $0.pointee != 0 } ?? true
-    let takesWrites = translation.isWritable && page.isWritable && isDirtyLogged && !holdsCode(page.host)
+    let takesWrites =
+      translation.isWritable && page.isWritable && page.takesWrites && isDirtyLogged && !holdsCode(page.host)
     entry.pointee = soft_tlb_entry(
-      read_tag: tag, write_tag: takesWrites ? tag : 0,
+      read_tag: page.takesReads ? tag : 0, write_tag: takesWrites ? tag : 0,
       addend: UInt64(UInt(bitPattern: page.host)) &- (linear & ~0xfff), physical: translation.page)
     return location
   }
@@ -255,20 +258,20 @@ extension Processor {
   @inline(__always)
   static func read(_ pointer: UnsafeRawPointer, size: UInt8) -> UInt64 {
     switch size {
-    case 1: UInt64(pointer.load(as: UInt8.self))
-    case 2: UInt64(pointer.loadUnaligned(as: UInt16.self))
-    case 4: UInt64(pointer.loadUnaligned(as: UInt32.self))
-    default: pointer.loadUnaligned(as: UInt64.self)
+    case 1: UInt64(soft_get8(pointer))
+    case 2: UInt64(soft_get16(pointer))
+    case 4: UInt64(soft_get32(pointer))
+    default: soft_get64(pointer)
     }
   }
 
   @inline(__always)
   static func write(_ value: UInt64, _ pointer: UnsafeMutableRawPointer, size: UInt8) {
     switch size {
-    case 1: pointer.storeBytes(of: UInt8(truncatingIfNeeded: value), as: UInt8.self)
-    case 2: pointer.storeBytes(of: UInt16(truncatingIfNeeded: value), as: UInt16.self)
-    case 4: pointer.storeBytes(of: UInt32(truncatingIfNeeded: value), as: UInt32.self)
-    default: pointer.storeBytes(of: value, as: UInt64.self)
+    case 1: soft_put8(pointer, UInt8(truncatingIfNeeded: value))
+    case 2: soft_put16(pointer, UInt16(truncatingIfNeeded: value))
+    case 4: soft_put32(pointer, UInt32(truncatingIfNeeded: value))
+    default: soft_put64(pointer, value)
     }
   }
 

@@ -1,4 +1,5 @@
 import CSoftCPU
+import MemoryViews
 import X86
 
 /// A linear address translated: what the TLB keeps.
@@ -44,8 +45,8 @@ extension Processor {
     while true {
       let number = linear >> (3 &+ 9 &* level) & 0x1ff
       let address = table | number << 3
-      let pointer = try entryPointer(address, linear, access)
-      var entry = pointer.load(as: UInt64.self)
+      let place = try entryPage(address, linear, access)
+      var entry = soft_get64(place.host)
       while true {
         guard entry & 1 != 0 else { throw pageFault(linear, access, []) }
         let isLeaf = level == 1 || entry & PageTableEntry.pageSize.rawValue != 0 && level <= 3
@@ -61,24 +62,25 @@ extension Processor {
         guard entry & forbidden == 0 else { throw pageFault(linear, access, [.present, .reserved]) }
         let all = rights & (entry ^ 1 << 63)
         guard isLeaf else {
-          if entry & PageTableEntry.accessed.rawValue != 0
-            || soft_cas64(pointer, &entry, entry | PageTableEntry.accessed.rawValue)
-          {
-            rights = all
-            break
+          if entry & PageTableEntry.accessed.rawValue == 0 {
+            try checkUpdate(place, address, linear)
+            guard soft_cas64(place.host, &entry, entry | PageTableEntry.accessed.rawValue) else { continue }
           }
-          continue
+          rights = all
+          break
         }
         try check(linear, access, rights: all, key: entry >> 59 & 15, isLong: isLong)
         let wanted =
           PageTableEntry.accessed.rawValue | (access.contains(.write) ? PageTableEntry.dirty.rawValue : 0)
-        if entry & wanted == wanted || soft_cas64(pointer, &entry, entry | wanted) {
-          let offsetBits = 3 &+ 9 &* level
-          let offsetMask: UInt64 = (1 << offsetBits) &- 1
-          return Translation(
-            page: entry & Self.addressMask & ~offsetMask | linear & offsetMask & ~0xfff,
-            isWritable: access.contains(.write) || isWritableNow(entry | wanted, all, access), isLarge: level > 1)
+        if entry & wanted != wanted {
+          try checkUpdate(place, address, linear)
+          guard soft_cas64(place.host, &entry, entry | wanted) else { continue }
         }
+        let offsetBits = 3 &+ 9 &* level
+        let offsetMask: UInt64 = (1 << offsetBits) &- 1
+        return Translation(
+          page: entry & Self.addressMask & ~offsetMask | linear & offsetMask & ~0xfff,
+          isWritable: access.contains(.write) || isWritableNow(entry | wanted, all, access), isLarge: level > 1)
       }
       table = entry & Self.addressMask
       level &-= 1
@@ -93,8 +95,8 @@ extension Processor {
     while true {
       let number = linear >> (2 &+ 10 &* level) & 0x3ff
       let address = table | number << 2
-      let pointer = try entryPointer(address, linear, access)
-      var entry = pointer.load(as: UInt32.self)
+      let place = try entryPage(address, linear, access)
+      var entry = soft_get32(place.host)
       while true {
         guard entry & 1 != 0 else { throw pageFault(linear, access, []) }
         let isLarge = level == 2 && entry & 0x80 != 0 && cpu.pointee.cr4 & CR4.pse.rawValue != 0
@@ -102,23 +104,26 @@ extension Processor {
         if isLarge, entry & 1 << 21 != 0 { throw pageFault(linear, access, [.present, .reserved]) }
         let all = rights & (UInt64(entry) | 1 << 63)
         guard isLarge || level == 1 else {
-          if entry & 0x20 != 0 || soft_cas32(pointer, &entry, entry | 0x20) {
-            rights = all
-            break
+          if entry & 0x20 == 0 {
+            try checkUpdate(place, address, linear)
+            guard soft_cas32(place.host, &entry, entry | 0x20) else { continue }
           }
-          continue
+          rights = all
+          break
         }
         try check(linear, access, rights: all, key: 0, isLong: false)
         let wanted: UInt32 = access.contains(.write) ? 0x60 : 0x20
-        if entry & wanted == wanted || soft_cas32(pointer, &entry, entry | wanted) {
-          let page: UInt64 =
-            isLarge
-            ? UInt64(entry & 0xffc0_0000) | UInt64(entry >> 13 & 0xff) << 32 | linear & 0x3f_f000
-            : UInt64(entry & 0xffff_f000)
-          return Translation(
-            page: page, isWritable: access.contains(.write) || isWritableNow(UInt64(entry | wanted), all, access),
-            isLarge: isLarge)
+        if entry & wanted != wanted {
+          try checkUpdate(place, address, linear)
+          guard soft_cas32(place.host, &entry, entry | wanted) else { continue }
         }
+        let page: UInt64 =
+          isLarge
+          ? UInt64(entry & 0xffc0_0000) | UInt64(entry >> 13 & 0xff) << 32 | linear & 0x3f_f000
+          : UInt64(entry & 0xffff_f000)
+        return Translation(
+          page: page, isWritable: access.contains(.write) || isWritableNow(UInt64(entry | wanted), all, access),
+          isLarge: isLarge)
       }
       table = UInt64(entry & 0xffff_f000)
       level = 1
@@ -181,15 +186,23 @@ extension Processor {
     return .fault(.pageFault, UInt32(truncatingIfNeeded: code.rawValue))
   }
 
-  /// The host's address of a paging-structure entry. Its page is written at once, for A and D.
-  private func entryPointer(
+  /// Where a paging-structure entry is: the page, with the entry's own host address.
+  private func entryPage(
     _ physical: UInt64, _ linear: UInt64, _ access: PageAccess
-  ) throws(Interruption) -> UnsafeMutableRawPointer {
-    guard let page = memory.page(physical), page.isWritable else {
+  ) throws(Interruption) -> PhysicalMemory.Page {
+    guard var page = try page(physical, .read, linear: linear), page.isWritable else {
       // Nothing answers on the bus: the entry reads as all ones, whose reserved bits are set.
       throw pageFault(linear, access, [.present, .reserved])
     }
+    page.host += Int(physical & 0xfff)
+    return page
+  }
+
+  /// Before A or D is set: the page of the entry is written, which the active view may forbid.
+  private func checkUpdate(
+    _ page: PhysicalMemory.Page, _ physical: UInt64, _ linear: UInt64
+  ) throws(Interruption) {
+    if !page.takesWrites { _ = try self.page(physical, .write, linear: linear) }
     page.dirty?.pointee = 1
-    return page.host + Int(physical & 0xfff)
   }
 }

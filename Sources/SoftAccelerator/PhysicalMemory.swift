@@ -1,3 +1,6 @@
+import Accelerator
+import GuestMemory
+import MemoryViews
 import Synchronization
 
 /// What guest-physical addresses mean to the CPUs of one machine: slots of host memory, devices everywhere else.
@@ -23,6 +26,9 @@ final class PhysicalMemory: Sendable {
     var isWritable: Bool
     /// The page's byte in the dirty log, nil where nothing is logged.
     var dirty: UnsafeMutablePointer<UInt8>?
+    /// Whether the TLB may serve loads and stores of the page: not where the active view forbids them.
+    var takesReads = true
+    var takesWrites = true
   }
 
   /// The address of the table: the number of slots, and 16 bytes on the slots.
@@ -72,5 +78,35 @@ final class PhysicalMemory: Sendable {
     table.storeBytes(of: slots.count, as: Int.self)
     (table + 16).bindMemory(to: Slot.self, capacity: slots.count).initialize(from: slots, count: slots.count)
     return Int(bitPattern: table)
+  }
+}
+
+extension Processor {
+  /// The page with a guest-physical address as the active view has it; nil where a device, or nothing, is.
+  ///
+  /// - Throws: the exit of an access that the view forbids.
+  @inline(__always)
+  func page(_ physical: UInt64, _ needed: PageRights, linear: UInt64) throws(Interruption) -> PhysicalMemory.Page? {
+    guard let view else { return memory.page(physical) }
+    return try page(physical, needed, linear: linear, in: view)
+  }
+
+  @inline(never)
+  private func page(
+    _ physical: UInt64, _ needed: PageRights, linear: UInt64, in view: MemoryView
+  ) throws(Interruption) -> PhysicalMemory.Page? {
+    let entry = view[GuestPhysicalAddress(physical)]
+    guard entry.rights.isSuperset(of: needed) else {
+      pendingExit = .viewViolation(
+        ViewViolation(
+          view: view.number, address: GuestPhysicalAddress(physical), linear: linear,
+          missing: needed.subtracting(entry.rights)))
+      throw .exit
+    }
+    guard var page = memory.page(physical) else { return nil }
+    if let host = UnsafeMutableRawPointer(bitPattern: entry.hostPage) { page.host = host }
+    if !entry.rights.contains(.write) { page.takesWrites = false }
+    if !entry.rights.contains(.read) { page.takesReads = false }
+    return page
   }
 }

@@ -1,18 +1,25 @@
 import Accelerator
 import CSoftCPU
+import GuestMemory
+import MemoryViews
+import Synchronization
 import X86
 
 /// One x86-64 CPU in software: its state, and what executes instructions on it.
 ///
-/// Everything here belongs to the thread that runs it. The state that instructions touch is a C struct (`soft_cpu`),
+/// Everything here belongs to the thread that runs it, but for what is atomic or behind a lock. The state that instructions touch is a C struct (`soft_cpu`),
 /// so that emitted code can touch it too; what Swift alone needs is in this class's own fields.
-final class Processor {
+final class Processor: @unchecked Sendable {
   /// The architectural state.
   let cpu: UnsafeMutablePointer<soft_cpu>
   /// `cpu.general`: sixteen registers and one that is always 0.
   let general: UnsafeMutablePointer<UInt64>
   /// `cpu.segment`, indexed as encodings number them; then flat, LDTR and TR.
   let segments: UnsafeMutablePointer<soft_segment>
+  /// Its number, and its APIC id after reset.
+  let number: Int
+  /// The CPUs of its machine.
+  let group: ProcessorGroup
   /// What physical addresses mean.
   let memory: PhysicalMemory
   /// What the CPU shows and can do.
@@ -30,31 +37,77 @@ final class Processor {
   var contexts = TranslationContexts()
   /// The context of the program's data accesses, even where `cpu.data_context` sends them the slow way.
   var plainContext: UInt64 = 0
-  /// The context of the code that runs.
+  /// The context of the code that runs, and the base and limit of CS that it was made for (0 in 64-bit mode).
   var codeContext: UInt64 = 0
-  /// The number of the memory view that the CPU's accesses obey; 0: all of memory with all rights.
-  var view: UInt32 = 0
+  var codePlace: (UInt64, UInt64) = (0, 0)
+  /// The view that the CPU's accesses, fetches and page walks obey; nil: all of memory with all rights.
+  var view: MemoryView?
   /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.
   var holdsLargePages = false
   /// The local APIC, where it is in the VMM.
   var localAPIC: (any LocalInterruptController)?
   /// A #DB to be delivered after the instruction: bits of DR6.
   var pendingDebug: UInt64 = 0
+  /// Breakpoint registers watch accesses to data, to ports, and the execution of instructions: `updateDebug` derives
+  /// them from DR7.
+  var watchesData = false
+  var watchesPorts = false
+  var watchesCode = false
+  /// What the time-stamp counter counts.
+  var timeSource = TimeSource.monotonic
+
+  /// Where pages of code are.
+  let codePages = UnsafeMutablePointer<CodePage>.allocate(capacity: CodePage.count)
+  /// Decoded code.
+  let blocks = BlockCache()
+  /// A stored instruction has changed decoded code: the block under way may be stale.
+  var leavesBlock = false
+  /// Room for the bytes and the operations of a block that is being made.
+  let scratch = UnsafeMutableRawPointer.allocate(byteCount: Block.limit * 8 + 16, alignment: 16)
+  let draftOperations = UnsafeMutablePointer<FastOperation>.allocate(capacity: Block.limit + 1)
+  /// Pages whose decoded code others have changed.
+  let staleCode = Mutex<[UInt]>([])
+
+  /// Another thread wants `run` to return.
+  var isKicked: Bool {
+    get { kicked.load(ordering: .sequentiallyConsistent) }
+    set { kicked.store(newValue, ordering: .sequentiallyConsistent) }
+  }
+  private let kicked = Atomic(false)
+  /// `hlt` was executed and nothing has ended it yet.
+  var isHalted = false
+  /// A non-maskable interrupt waits.
+  var isNMIPending = false
+  /// An external interrupt that the VMM put at the INTR pin itself.
+  var pendingInterrupt: UInt8?
+  /// The VMM wants to know when an interrupt could be taken.
+  var wantsInterruptWindow = false
+  /// A repeated string instruction stops after the iteration under way.
+  var finishesOnly = false
+  /// Whether every instruction is looked at before it is executed.
+  var tracesInstructions = false
 
   /// A CPU in the state after reset.
-  init(memory: PhysicalMemory, features: ProcessorFeatures) {
+  init(number: Int = 0, memory: PhysicalMemory, features: ProcessorFeatures, group: ProcessorGroup = ProcessorGroup()) {
     cpu = .allocate(capacity: 1)
     UnsafeMutableRawPointer(cpu).initializeMemory(as: UInt8.self, repeating: 0, count: MemoryLayout<soft_cpu>.size)
     general = soft_general(cpu)
     segments = soft_segments(cpu)
+    self.number = number
+    self.group = group
     self.memory = memory
     self.features = features
     cpu.pointee.tlb = .allocate(capacity: Int(SOFT_TLB_ENTRIES))
+    cpu.pointee.budget = .max
+    codePages.initialize(repeating: CodePage(), count: CodePage.count)
     clearTLB()
     reset()
   }
 
   deinit {
+    codePages.deallocate()
+    scratch.deallocate()
+    draftOperations.deallocate()
     cpu.pointee.tlb.deallocate()
     cpu.deallocate()
   }
@@ -69,8 +122,12 @@ enum PendingExit {
   case port(UInt16, size: UInt8, isWrite: Bool, value: UInt64)
   /// Instructions or page tables where nothing is.
   case memoryFault(physical: UInt64)
+  /// An access that the active view forbids.
+  case viewViolation(ViewViolation)
   /// `hlt`.
   case halt
+  /// An interrupt can be taken, and the VMM asked to be told.
+  case interruptWindow
   /// A triple fault.
   case tripleFault
 }

@@ -1,4 +1,5 @@
 import CSoftCPU
+import MemoryViews
 import X86
 
 /// Numbers for the contexts in which translations hold: an address space seen by the supervisor, by the user, or by
@@ -69,6 +70,12 @@ extension Processor {
       !isUser && cpu.pointee.cr4 & CR4.smap.rawValue != 0 && cpu.pointee.other_flags & RFLAGS.ac.rawValue != 0
     plainContext = dataContext(isUser ? 1 : liftsSMAP ? 2 : 0)
     cpu.pointee.data_context = checksEveryAccess ? TranslationContexts.slow : plainContext
+    // Decoded code is known by instruction pointer: outside 64-bit mode that is another place with another base.
+    let codeSegment = is64Bit ? (0, 0) : (segments[1].base, UInt64(segments[1].limit))
+    if codeSegment != codePlace {
+      codePlace = codeSegment
+      contexts.flushCode()
+    }
     codeContext = codeContext(isUser: isUser)
   }
 
@@ -138,7 +145,7 @@ extension Processor {
   /// Selects the address space that CR3 (with its PCID) and the view stand for.
   func selectSpace(keep: Bool) {
     let pcid = cpu.pointee.cr4 & CR4.pcide.rawValue != 0 ? cpu.pointee.cr3 & CR3.pcid.rawValue : 0
-    contexts.select(pcid | UInt64(view) << 32, keep: keep)
+    contexts.select(pcid | UInt64(view?.number ?? 0) << 32, keep: keep)
     updateContext()
   }
 

@@ -69,8 +69,7 @@ final class MachineDebugger: DebugTarget {
       case .debug(let vcpu, let event): Self.stop(vcpu, event, state.withLock { $0.breakpoints })
       case .crashed(let report): .crash(thread: report.vcpu)
       case .stopped: state.withLock { $0.isStopping } ? nil : .paused
-      case .panicked: .exited(status: UInt8(ExitStatus.crashed.rawValue))
-      case .shutdown: .exited(status: 0)
+      case .shutdown: .exited(status: UInt8(truncatingIfNeeded: machine.result?.status ?? 0))
       default: nil
       }
     if case .crashed(let report) = event { for line in report.lines { printError("swiftvmm: \(line)") } }
@@ -94,11 +93,11 @@ final class MachineDebugger: DebugTarget {
     state.withLock { $0.isStopping = false }
   }
 
-  func resume(_ actions: [ResumeAction]) {
+  func resume(_ actions: [ResumeAction]) throws(DebugError) {
     var held: Set<Int> = []
     for (vcpu, action) in zip(machine.vcpus, actions) {
       if action == .stay { held.insert(vcpu.index) }
-      try? vcpu.setDebug(control(stepping: action == .step))
+      do { try vcpu.setDebug(control(stepping: action == .step)) } catch { throw .accelerator("\(error)") }
     }
     machine.resume(holding: held)
   }
@@ -157,14 +156,26 @@ final class MachineDebugger: DebugTarget {
   }
 
   func writeRegisters(_ registers: DebuggerRegisters, of thread: Int) throws(DebugError) {
-    var state = try readState(thread)
-    state.general = registers.general
-    state.system = registers.system
-    state.extended = registers.extended
-    if let index = state.modelSpecific.firstIndex(where: { $0.index == Self.kernelGSBase }) {
-      state.modelSpecific[index].value = registers.kernelGSBase
+    let vcpu = machine.vcpus[thread]
+    let old = try readRegisters(of: thread)
+    do {
+      if registers.extended != old.extended || registers.kernelGSBase != old.kernelGSBase {
+        // Only whole states have these. It is read again: the LAPIC's timer and the TSC go on meanwhile.
+        var state = try vcpu.readState()
+        state.general = registers.general
+        state.system = registers.system
+        state.extended = registers.extended
+        if let index = state.modelSpecific.firstIndex(where: { $0.index == Self.kernelGSBase }) {
+          state.modelSpecific[index].value = registers.kernelGSBase
+        }
+        try vcpu.writeState(state)
+      } else {
+        if registers.general != old.general { try vcpu.writeRegisters(registers.general) }
+        if registers.system != old.system { try vcpu.writeSystemRegisters(registers.system) }
+      }
+    } catch {
+      throw .accelerator("\(error)")
     }
-    do { try machine.vcpus[thread].writeState(state) } catch { throw .accelerator("\(error)") }
   }
 
   private func readState(_ thread: Int) throws(DebugError) -> VCPUState {

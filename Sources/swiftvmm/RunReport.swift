@@ -1,4 +1,5 @@
 import Accelerator
+import Boot
 import GuestMemory
 import Host
 import JSON
@@ -15,6 +16,7 @@ struct RunReport {
       "status": JSONValue(outcome.status), "wall-seconds": .number(wall),
       "memory-bytes": JSONValue(machine.memory.size), "cpus": JSONValue(machine.vcpus.count),
     ]
+    if let boot = machine.booted { report["boot"] = Self.boot(boot) }
     var total = JSONObject()
     for reason in ExitCounters.Reason.allCases {
       let count = machine.counters.reduce(0) { $0 + $1[reason] }
@@ -25,7 +27,7 @@ struct RunReport {
     if case .crashed(let crash) = outcome {
       var fields: JSONObject = [
         "reason": .string(crash.reason.name), "vcpu": JSONValue(crash.vcpu),
-        "rip": .string("0x" + String(crash.general.rip, radix: 16)),
+        "rip": .string(Self.hexadecimal(crash.general.rip)),
         "lines": .array(crash.lines.map { .string($0) }),
       ]
       if let instruction = crash.instruction { fields["instruction"] = .string(instruction) }
@@ -33,4 +35,19 @@ struct RunReport {
     }
     json = .object(report)
   }
+
+  private static func boot(_ boot: BootEntry) -> JSONValue {
+    let parts = boot.placements.map { placement -> JSONValue in
+      [
+        "part": .string("\(placement.part)"), "address": .string(hexadecimal(placement.range.start.rawValue)),
+        "bytes": JSONValue(placement.range.size),
+      ]
+    }
+    return [
+      "kind": .string(boot.kind?.rawValue ?? "firmware"), "entry": .string(hexadecimal(boot.general.rip)),
+      "placements": .array(parts),
+    ]
+  }
+
+  private static func hexadecimal(_ value: UInt64) -> String { "0x" + String(value, radix: 16) }
 }

@@ -1,6 +1,7 @@
 import Accelerator
 import GuestMemory
 import KVMAccelerator
+import SoftAccelerator
 import Testing
 
 /// One accelerator, as one way of setting it up. Every test runs once for each of `catalogue`.
@@ -16,6 +17,9 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
     kvm("kvm, split controllers", .split),
     kvm("kvm, controllers in the VMM", .userSpace),
     kvm("kvm, dirty ring", .inKernel, dirtyRingEntries: 1024),
+    AcceleratorUnderTest(testDescription: "soft", interrupts: .userSpace, dirtyRingEntries: nil) {
+      () throws(AcceleratorError) in SoftAccelerator()
+    },
   ]
   /// Those whose local APICs are in the accelerator.
   static let withLocalAPIC = catalogue.filter { $0.interrupts != .userSpace }

@@ -12,6 +12,8 @@ struct Subject {
     var size: UInt64
   }
   var device: any Device
+  /// What the device does not keep alive itself.
+  var owner: AnyObject?
   var doors: [Door]
 
   /// A device at fixed addresses.
@@ -20,11 +22,18 @@ struct Subject {
     doors = device.windows.map { Door(target: device, offset: $0.offset, size: $0.size) }
   }
 
+  /// A local APIC with another one beside it; both live as long as their bus.
+  init(_ bus: LocalAPICBus) {
+    device = bus.locals[0]
+    owner = bus
+    doors = [Door(target: bus.locals[0], offset: 0, size: 0x400)]
+  }
+
   /// A PCI function at 0000:00:03.0 with its configuration space and BARs of these sizes.
   init(_ device: any PCIDevice, host: PCIHost, bars: [Int: UInt64]) {
     self.device = device
     _ = host.add(device, at: PCIAddress(device: 3))
-    doors = [Door(target: host, offset: 1 << 32 | 3 << 15, size: 256)]
+    doors = [256, 4096].map { Door(target: host, offset: 1 << 32 | 3 << 15, size: $0) }
     for (bar, size) in bars.sorted(by: { $0.key < $1.key }) {
       doors.append(Door(target: device, offset: UInt64(bar) << 60, size: size))
     }
@@ -49,6 +58,16 @@ struct CatalogueEntry: Sendable, CustomTestStringConvertible {
     subject = { fixture in
       let host = fixture.pciHost()
       return Subject(make(fixture, host), host: host, bars: bars)
+    }
+  }
+
+  init(localAPIC name: String) {
+    self.name = name
+    subject = { fixture in
+      Subject(
+        LocalAPICBus(
+          count: 2, features: [.x2APIC, .timestampDeadline], clock: fixture.clock,
+          untilTimestamp: { [clock = fixture.clock] in max($1, clock.now()) - clock.now() }, wake: { _ in }))
     }
   }
 
@@ -77,6 +96,7 @@ let catalogue: [CatalogueEntry] = [
   },
   CatalogueEntry(name: "PIC") { _ in PIC(pin: RecordingPin()) },
   CatalogueEntry(name: "IOAPIC") { _ in IOAPIC(output: RecordingLocalAPICs()) },
+  CatalogueEntry(localAPIC: "local APIC"),
   CatalogueEntry(name: "PIT") { PIT(line: $0.line(0), clock: $0.clock) },
   CatalogueEntry(name: "HPET") { $0.hpet() },
   CatalogueEntry(name: "test device") { fixture in

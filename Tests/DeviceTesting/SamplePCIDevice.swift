@@ -21,7 +21,12 @@ public final class SamplePCIDevice: PCIDevice {
     configuration.addBAR(2, .ports(size: 32))
     configuration.addBAR(4, .memory32(size: 0x1000))
     configuration.addCapability(id: 0x09, body: [3, 0xaa, 0xbb], writable: [0, 0, 0x0f])
+    configuration.addExtendedCapability(id: 0x0003, version: 1, body: [1, 2, 3, 4, 5, 6, 7, 8])
+    configuration.addExtendedCapability(
+      id: 0x000b, version: 1, body: [0xee, 0xee, 0x01, 0x01, 0, 0, 0, 0, 0, 0, 0, 0],
+      writable: [0, 0, 0, 0, 0xff, 0xf0])
     configuration.addMSIX(vectors: 3, bar: 4, tableOffset: 0, pendingOffset: 0x800)
+    configuration.addPCIExpress()
     function = PCIFunction(configuration, host: host, line: host.line(device: 3), interrupts: interrupts)
   }
 

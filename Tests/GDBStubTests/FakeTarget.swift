@@ -19,6 +19,7 @@ final class FakeTarget: DebugTarget {
     var isStopping = false
     var resumes = 0
     var hasQuit = false
+    var isStuck = false
   }
 
   let state = Mutex(State())
@@ -78,7 +79,8 @@ final class FakeTarget: DebugTarget {
     for thread in threads.withLock({ threads in threads }) { thread.join() }
   }
 
-  func resume(_ actions: [ResumeAction]) {
+  func resume(_ actions: [ResumeAction]) throws(DebugError) {
+    guard !state.withLock({ $0.isStuck }) else { throw .accelerator("stuck") }
     state.withLock { state in
       state.resumes += 1
       state.actions = actions

@@ -201,6 +201,18 @@ struct Conversation {
     #expect(talk.stopped(.exited(status: 66)) == "W42")
   }
 
+  @Test func stayWhereTheTargetCannotGoOn() {
+    var talk = Conversation()
+    talk.target.state.withLock { $0.isStuck = true }
+    #expect(talk.send("vCont;s:1") == "E05")
+    #expect(talk.send("c") == "E05")
+    // Not running: packets other than an interrupt are answered.
+    #expect(talk.send("?") == "T02thread:1;")
+    talk.target.state.withLock { $0.isStuck = false }
+    #expect(talk.send("c") == "")
+    #expect(talk.stopped(.step(thread: 0)) == "T05thread:1;")
+  }
+
   @Test func keepWhatHappensWhileAllIsStopped() {
     var talk = Conversation()
     #expect(talk.send("Z2,2000,8") == "OK")

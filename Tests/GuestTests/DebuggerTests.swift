@@ -58,6 +58,23 @@ struct DebuggerTests {
     #expect(status == 0)
   }
 
+  /// Registers that gdb writes are there, in general and in extended state, and the guest's status reaches gdb.
+  @Test func seesTheExitStatus() throws {
+    // mov al, bl; out 0xf4, al; jmp $
+    var sector = [UInt8](repeating: 0, count: 512)
+    sector.replaceSubrange(0..<6, with: [0x88, 0xd8, 0xe6, 0xf4, 0xeb, 0xfe])
+    sector.replaceSubrange(510..<512, with: [0x55, 0xaa])
+    let folder = try TemporaryFolder()
+    let (output, status) = try debug(
+      [try folder.file("status", sector)],
+      [
+        "hbreak *0x7c00", "continue", "set $xmm1.v2_int64[1] = 0x1234", "set $rbx = 0x10", "p $xmm1.v2_int64[1]",
+        "p $rbx", "p/x $pc", "continue",
+      ])
+    expect(output, has: ["$1 = 4660", "$2 = 16", "$3 = 0x7c00", "exited with code 041"])
+    #expect(status == 33)
+  }
+
   /// The debugger stops at the instruction that a triple fault comes from.
   @Test func looksAtACrash() throws {
     var sector = [UInt8](repeating: 0, count: 512)

@@ -1,7 +1,10 @@
 import Accelerator
+import Boot
+import DeviceModel
 import Glibc
 import GuestMemory
 import Host
+import KVMAccelerator
 import StateTree
 import Synchronization
 import Testing
@@ -112,5 +115,46 @@ struct MachineTests {
     let all = second.recorder.written.withLock { $0 }
     #expect(all.starts(with: soFar))
     #expect(all == (1...255).map { UInt64($0) })
+  }
+
+  /// In a process of its own: other tests open and close descriptors all the time.
+  @Test func twoHundredMachinesLeaveNoDescriptorOpen() async {
+    await #expect(processExitsWith: .success) {
+      func runOnce() throws {
+        let machine = try SmallMachine([0xb0, 0x21, 0xe6, 0xf4, 0xeb, 0xfe]).machine
+        try machine.start(paused: false)
+        _ = machine.waitUntilOver()
+      }
+      func openDescriptors() throws -> Int {
+        let folder = try #require(opendir("/proc/self/fd"))
+        defer { closedir(folder) }
+        var count = 0
+        while readdir(folder) != nil { count += 1 }
+        return count
+      }
+      try runOnce()
+      let before = try openDescriptors()
+      for _ in 0..<200 { try runOnce() }
+      #expect(try openDescriptors() == before)
+    }
+  }
+
+  @Test func onlyMultibootImagesMeetTheTestDevice() throws {
+    func devices(_ image: [UInt8]) throws -> [String] {
+      var configuration = MachineConfiguration(serial: Silence())
+      configuration.memory = 4 << 20
+      configuration.image = try BootImage(path: "image", bytes: image)
+      configuration.firmware = try BootROM.builtIn()
+      return try MachineBuilder(configuration, on: KVMAccelerator()).build().devices.map(\.name)
+    }
+    var sector = [UInt8](repeating: 0xf4, count: 512)
+    sector.replaceSubrange(510..., with: [0x55, 0xaa])
+    #expect(try !devices(sector).contains("test-device"))
+    // The header with its address fields (Multiboot 1, 3.1.1 to 3.1.3): loaded and entered at 1 MiB.
+    let header: [UInt32] = [
+      0x1bad_b002, 0x1_0000, 0 &- 0x1bad_b002 &- 0x1_0000, 0x10_0000, 0x10_0000, 0, 0, 0x10_0020,
+    ]
+    #expect(
+      try devices(header.flatMap { word in withUnsafeBytes(of: word) { Array($0) } } + sector).contains("test-device"))
   }
 }

@@ -45,7 +45,7 @@ final class Recorder: BusDevice {
 }
 
 /// Keeps nothing of what the guest prints.
-private final class Silence: SerialOutput {
+final class Silence: SerialOutput {
   func write(_ byte: UInt8) {}
 }
 
@@ -71,10 +71,10 @@ struct SmallMachine {
     var configuration = MachineConfiguration(serial: Silence())
     configuration.cpus = cpus
     var platform = try MachinePlatform(
-      configuration, memory: memory, map: MemoryMap(size: range.size), clock: clock, machine: link,
+      configuration, kind: nil, memory: memory, map: MemoryMap(size: range.size), clock: clock, machine: link,
       interrupts: VirtualMachineInterrupts(virtualMachine))
     try platform.add(recorder, port: 0x80, size: 1)
-    let load: @Sendable (GuestMemory) throws(MachineError) -> BootPlan.Entry = { memory throws(MachineError) in
+    let load: @Sendable (GuestMemory) throws(MachineError) -> BootEntry = { memory throws(MachineError) in
       do throws(GuestMemoryError) {
         try memory.write(code, to: GuestPhysicalAddress(0x1000))
       } catch {
@@ -87,7 +87,7 @@ struct SmallMachine {
       var general = GeneralRegisters()
       general.rip = 0x1000
       general.rsp = 0x8000
-      return BootPlan.Entry(general: general, system: system)
+      return BootEntry(general: general, system: system)
     }
     machine = try Machine(
       MachineParts(

@@ -115,10 +115,74 @@ import Testing
     #expect(read(0x40) == 0xaa03_4809)
     write(0x44, 0xff, size: 1)
     #expect(read(0x44, size: 1) == 0xbf)
-    #expect(read(0x48) == 0x0002_0011)
+    #expect(read(0x48) == 0x0002_5411)
     #expect(read(0x4c) == 0x0000_0004)
     #expect(read(0x50) == 0x0000_0804)
-    #expect(read(0x100) == 0)
+    // PCI Express: version 2, integrated endpoint; only its control register is the guest's.
+    #expect(read(0x54) == 0x0092_0010)
+    write(0x5c, 0xffff_ffff)
+    #expect(read(0x5c) == 0x0000_781f)
+  }
+
+  @Test func extendedCapabilitiesAreInECAMAlone() {
+    #expect(read(0x100) == 0x10c1_0003)
+    #expect(read(0x104, size: 8) == 0x0807_0605_0403_0201)
+    #expect(read(0x10c) == 0x0001_000b)
+    #expect(read(0x110) == 0x0101_eeee)
+    write(0x114, 0xffff_ffff)
+    #expect(read(0x114) == 0xf0ff)
+    write(0x104, 0)
+    #expect(read(0x104) == 0x0403_0201)
+    #expect(read(0xffc) == 0 && read(0xff8, size: 8) == 0 && read(0xfff, size: 1) == 0)
+    // A function without: no capability is there.
+    #expect(read(0x100, slot: 0) == 0)
+    // Bits 24 to 27 of the address port are no part of the register's number.
+    fixture.output(0xcf8, 0x8100_1800, size: 4)
+    #expect(fixture.input(0xcfc, size: 4) == 0x5678_1234)
+  }
+
+  @Test func withoutBusMasteringMessagesWait() {
+    let table: UInt64 = 0xc000_0000
+    write(0x20, table)
+    write(4, 2)
+    write(0x4a, 0x8000, size: 2)
+    fixture.bus.write(table, size: 8, value: 0xfee0_2000)
+    fixture.bus.write(table + 8, size: 8, value: 0x42)
+    #expect(!device.function.isBusMaster)
+    device.function.signal(vector: 0)
+    #expect(fixture.sink.takeMessages().isEmpty)
+    #expect(fixture.bus.read(table + 0x800, size: 8) == 1)
+    write(4, 6)
+    #expect(device.function.isBusMaster)
+    #expect(fixture.sink.takeMessages() == [.init(address: 0xfee0_2000, data: 0x42)])
+  }
+
+  @Test func aRemovedFunctionIsGone() {
+    let table: UInt64 = 0xc000_0000
+    write(0x10, 0x10_0000_0000, size: 8)
+    write(0x20, table)
+    write(4, 6)
+    device.function.setInterruptPin(true)
+    #expect(fixture.sink.isHigh(19))
+    #expect(host.remove(at: PCIAddress(device: 3)) === device)
+    #expect(host.remove(at: PCIAddress(device: 3)) == nil)
+    #expect(read(0) == 0xffff_ffff)
+    #expect(!isMapped(0x10_0000_0000) && !isMapped(table))
+    #expect(!fixture.sink.isHigh(19))
+    // What still holds the device reaches the guest no more: accesses under way, its own threads.
+    device.function.writeConfiguration(offset: 4, size: 2, value: 7, for: device)
+    device.function.writeConfiguration(offset: 0x4a, size: 2, value: 0x8000, for: device)
+    device.function.setInterruptPin(true)
+    device.function.signal(vector: 0)
+    device.reset()
+    #expect(!isMapped(0x10_0000_0000) && !isMapped(table) && !device.function.isBusMaster)
+    #expect(!fixture.sink.isHigh(19) && fixture.sink.takeMessages().isEmpty)
+    // The place is free, and so are the addresses.
+    let next = SamplePCIDevice(host: host, interrupts: fixture.sink)
+    #expect(host.add(next, at: PCIAddress(device: 3)))
+    write(0x20, table)
+    write(4, 2)
+    #expect(fixture.bus.find(table)?.device === next)
   }
 
   @Test func interruptPinHasThreeGates() {
@@ -150,7 +214,7 @@ import Testing
   @Test func msixDeliversMasksAndKeepsPending() {
     let table: UInt64 = 0xc000_0000
     write(0x20, table)
-    write(4, 2)
+    write(4, 6)
     #expect(fixture.bus.read(table + 12, size: 4) == 1)
     fixture.bus.write(table + 16, size: 8, value: 0xfee0_1000)
     fixture.bus.write(table + 24, size: 4, value: 0x41)

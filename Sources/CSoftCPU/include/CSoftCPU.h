@@ -33,6 +33,10 @@ enum {
   SOFT_TLB_ENTRIES = 1 << SOFT_TLB_BITS,
   // The general register that is always 0: an absent base or index.
   SOFT_ZERO_REGISTER = 16,
+  // Forget every translation.
+  SOFT_REQUEST_FLUSH = 1,
+  // Forget code whose pages are in the processor's list.
+  SOFT_REQUEST_CODE = 2,
   // The segment whose base is always 0.
   SOFT_FLAT_SEGMENT = 6,
 };
@@ -55,6 +59,9 @@ typedef struct {
   int64_t budget;
   // Negative when another thread wants the run loop to look around; atomic.
   int64_t attention;
+  // What other CPUs and the VMM ask of this one (SOFT_REQUEST_*), and whether it is executing; both atomic.
+  uint64_t requests;
+  uint64_t inside;
   // Retired instructions, without those of the block under way.
   uint64_t instructions;
   // es, cs, ss, ds, fs, gs, flat, then ldtr and tr.
@@ -104,6 +111,18 @@ static inline void *_Nonnull soft_st(soft_cpu *_Nonnull cpu, long index) { retur
 // The 32 bytes of vector register `index` (0 to 15).
 static inline void *_Nonnull soft_vector(soft_cpu *_Nonnull cpu, long index) { return cpu->vector[index & 15]; }
 
+// Integers of host memory at any alignment: Swift's own unaligned loads are calls.
+#define SOFT_ACCESS(bits)                                                                                              \
+  static inline uint##bits##_t soft_get##bits(const void *_Nonnull p) {                                                \
+    uint##bits##_t value;                                                                                              \
+    __builtin_memcpy(&value, p, sizeof value);                                                                         \
+    return value;                                                                                                      \
+  }                                                                                                                    \
+  static inline void soft_put##bits(void *_Nonnull p, uint##bits##_t value) { __builtin_memcpy(p, &value, sizeof value); }
+SOFT_ACCESS(8)
+SOFT_ACCESS(16)
+SOFT_ACCESS(32)
+SOFT_ACCESS(64)
 static inline void *_Nonnull soft_operand(soft_cpu *_Nonnull cpu) { return cpu->operand; }
 static inline void *_Nonnull soft_result(soft_cpu *_Nonnull cpu) { return cpu->result; }
 static inline void *_Nonnull soft_area(soft_cpu *_Nonnull cpu) { return cpu->area; }
@@ -140,6 +159,17 @@ static inline bool soft_cas128(void *_Nonnull p, uint64_t *_Nonnull expected, ui
 static inline void soft_copy(void *_Nonnull destination, const void *_Nonnull source, size_t count) {
   __asm__ volatile("rep movsb" : "+D"(destination), "+S"(source), "+c"(count) : : "memory");
 }
+
+static inline uint64_t soft_load(const uint64_t *_Nonnull p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline void soft_store(uint64_t *_Nonnull p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_SEQ_CST); }
+static inline uint64_t soft_exchange(uint64_t *_Nonnull p, uint64_t value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t soft_or(uint64_t *_Nonnull p, uint64_t bits) { return __atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST); }
+static inline uint64_t soft_and(uint64_t *_Nonnull p, uint64_t bits) { return __atomic_fetch_and(p, bits, __ATOMIC_SEQ_CST); }
+
+static inline uint64_t *_Nonnull soft_requests(soft_cpu *_Nonnull cpu) { return &cpu->requests; }
+static inline uint64_t *_Nonnull soft_inside(soft_cpu *_Nonnull cpu) { return &cpu->inside; }
 
 static inline uint64_t soft_host_tsc(void) { return __builtin_ia32_rdtsc(); }
 

@@ -1,7 +1,10 @@
-/// The configuration space that a PCI function starts with (PCI Local Bus 3.0, chapter 6): built once, by the device.
+/// The configuration space that a PCI function starts with (PCI Local Bus 3.0, chapter 6; PCI Express Base 4.0, 7.2):
+/// built once, by the device.
 public struct PCIConfiguration: Sendable {
-  /// Bytes of the space.
+  /// Bytes of a conventional function's space; the rest of an ECAM page reads as 0, which means no capabilities there.
   static let size = 256
+  /// Bytes of the space of a function with extended capabilities.
+  static let extendedSize = 4096
 
   /// Offsets of the type 0 header.
   enum Register {
@@ -24,6 +27,7 @@ public struct PCIConfiguration: Sendable {
   enum Command {
     static let ports: UInt32 = 1 << 0
     static let memory: UInt32 = 1 << 1
+    static let busMaster: UInt32 = 1 << 2
     static let writable: UInt32 = 0x0547
     static let interruptDisable: UInt32 = 1 << 10
   }
@@ -76,6 +80,9 @@ public struct PCIConfiguration: Sendable {
   /// Where the next capability goes, and the byte that is to point there.
   private var nextCapability = 0x40
   private var capabilityLink = Register.capabilities
+  /// The same for extended capabilities; the first has its place fixed.
+  private var nextExtendedCapability = size
+  private var lastExtendedCapability: Int?
 
   /// A type 0 header with no capabilities and no BARs.
   ///
@@ -119,6 +126,40 @@ public struct PCIConfiguration: Sendable {
     writable.replaceSubrange(offset + 2..<offset + 2 + mask.count, with: mask)
     capabilityLink = offset + 1
     nextCapability = (offset + 2 + body.count + 3) & ~3
+    return offset
+  }
+
+  /// Makes the function an integrated endpoint of the PCI Express root complex (PCI Express Base 4.0, 7.5.3), without
+  /// which guests do not look for extended capabilities.
+  public mutating func addPCIExpress() {
+    // Version 2 of the structure, type 9; role-based error reporting; relaxed ordering, no snoop, reads of 512 bytes.
+    var body = [UInt8](repeating: 0, count: 58)
+    body.replaceSubrange(0..<8, with: [0x92, 0x00, 0x00, 0x80, 0x00, 0x00, 0x10, 0x28])
+    addCapability(id: 0x10, body: body, writable: [0, 0, 0, 0, 0, 0, 0x1f, 0x78])
+  }
+
+  /// Appends an extended capability (PCI Express Base 4.0, 7.6) whose header is followed by `body`, whole 32-bit words;
+  /// `writable` as in `addCapability`. Returns the capability's offset.
+  @discardableResult
+  public mutating func addExtendedCapability(
+    id: UInt16, version: UInt8, body: [UInt8], writable mask: [UInt8] = []
+  ) -> Int {
+    let offset = nextExtendedCapability
+    let end = offset + 4 + body.count
+    precondition(
+      end <= Self.extendedSize && body.count & 3 == 0 && mask.count <= body.count, "capabilities fill the space")
+    bytes += [UInt8](repeating: 0, count: Self.extendedSize - bytes.count)
+    writable += [UInt8](repeating: 0, count: Self.extendedSize - writable.count)
+    store(UInt32(id) | UInt32(version & 15) << 16, at: offset)
+    bytes.replaceSubrange(offset + 4..<end, with: body)
+    writable.replaceSubrange(offset + 4..<offset + 4 + mask.count, with: mask)
+    if let last = lastExtendedCapability {
+      // The link is the header's upper 12 bits.
+      bytes[last + 2] |= UInt8(truncatingIfNeeded: offset << 4)
+      bytes[last + 3] = UInt8(truncatingIfNeeded: offset >> 4)
+    }
+    lastExtendedCapability = offset
+    nextExtendedCapability = end
     return offset
   }
 

@@ -10,7 +10,8 @@ public final class PCIFunction: Sendable {
   private let initial: PCIConfiguration
   private let line: InterruptLine.Source
   private let interrupts: any InterruptSink
-  private let windows: PCIWindows
+  /// They know the function's device while it has BARs.
+  private weak let windows: PCIWindows?
   private let state: Mutex<State>
 
   private struct State {
@@ -18,6 +19,8 @@ public final class PCIFunction: Sendable {
     var table: MSIXTable
     /// Whether the device asserts its INTx pin.
     var isAsserted = false
+    /// Whether the function has left its host: then nothing of it reaches the guest any more.
+    var isRemoved = false
 
     func dword(_ offset: Int) -> UInt32 {
       UInt32(bytes[offset]) | UInt32(bytes[offset + 1]) << 8 | UInt32(bytes[offset + 2]) << 16
@@ -46,7 +49,7 @@ public final class PCIFunction: Sendable {
   public func readConfiguration(offset: Int, size: Int) -> UInt32 {
     state.withLock { state in
       var value: UInt32 = 0
-      for index in 0..<size where offset + index < PCIConfiguration.size {
+      for index in 0..<size where offset + index < state.bytes.count {
         var byte = state.bytes[offset + index]
         if offset + index == Register.status, state.isAsserted { byte |= UInt8(PCIConfiguration.Status.interrupt) }
         value |= UInt32(byte) << UInt32(index * 8)
@@ -58,7 +61,7 @@ public final class PCIFunction: Sendable {
   /// Writes 1, 2 or 4 bytes, as far as they are writable. `device` is the one that this function belongs to.
   public func writeConfiguration(offset: Int, size: Int, value: UInt32, for device: any PCIDevice) {
     state.withLock { state in
-      for index in 0..<size where offset + index < PCIConfiguration.size {
+      for index in 0..<size where offset + index < state.bytes.count {
         let byte = UInt8(truncatingIfNeeded: value >> UInt32(index * 8))
         let mask = initial.writable[offset + index]
         state.bytes[offset + index] = state.bytes[offset + index] & ~mask | byte & mask
@@ -85,7 +88,8 @@ public final class PCIFunction: Sendable {
       window.offset = UInt64(index) << Self.barShift
       let decodes = command & (window.space == .ports ? Command.ports : Command.memory) != 0
       // Address 0 means that nobody has programmed it yet.
-      windows.set(decodes && window.start != 0 ? window : nil, for: device, bar: index)
+      let isPlaced = decodes && window.start != 0 && !state.isRemoved
+      windows?.set(isPlaced ? window : nil, for: device, bar: index)
     }
   }
 
@@ -104,13 +108,27 @@ public final class PCIFunction: Sendable {
     state.withLock { msixControl($0) & Self.msixEnable != 0 }
   }
 
-  /// Sends an MSI-X vector, or keeps it pending while it is masked; nothing while MSI-X is off.
+  /// Whether the guest lets the function reach memory: a device asks before it reads or writes any. (Messages are writes
+  /// to memory, too; they wait until they may.)
+  public var isBusMaster: Bool {
+    state.withLock { Self.isBusMaster($0) }
+  }
+
+  /// Sends an MSI-X vector, or keeps it pending while it is masked or the function is no bus master; nothing while MSI-X
+  /// is off.
   public func signal(vector: Int) {
     state.withLock { state in
-      let control = msixControl(state)
-      guard control & Self.msixEnable != 0 else { return }
-      state.table.signal(vector, functionMasked: control & Self.msixMask != 0, interrupts)
+      guard msixControl(state) & Self.msixEnable != 0 else { return }
+      state.table.signal(vector, functionMasked: !canSendMessages(state), interrupts)
     }
+  }
+
+  private static func isBusMaster(_ state: State) -> Bool {
+    state.dword(Register.command) & Command.busMaster != 0 && !state.isRemoved
+  }
+
+  private func canSendMessages(_ state: State) -> Bool {
+    msixControl(state) & (Self.msixEnable | Self.msixMask) == Self.msixEnable && Self.isBusMaster(state)
   }
 
   private func msixControl(_ state: State) -> UInt32 {
@@ -118,10 +136,9 @@ public final class PCIFunction: Sendable {
   }
 
   private func update(_ state: inout State) {
-    let control = msixControl(state)
-    let isEnabled = control & Self.msixEnable != 0
-    line.set(state.isAsserted && !isEnabled && state.dword(Register.command) & Command.interruptDisable == 0)
-    if isEnabled, control & Self.msixMask == 0 { state.table.deliverPending(interrupts) }
+    let hasPin = msixControl(state) & Self.msixEnable == 0 && !state.isRemoved
+    line.set(state.isAsserted && hasPin && state.dword(Register.command) & Command.interruptDisable == 0)
+    if canSendMessages(state) { state.table.deliverPending(interrupts) }
   }
 
   // MARK: BARs
@@ -172,9 +189,20 @@ public final class PCIFunction: Sendable {
     replace(State(bytes: initial.bytes, table: MSIXTable(vectors: initial.msix?.vectors ?? 0)), device)
   }
 
+  /// Takes the function off the guest's buses for good: BARs, interrupts, memory. A device that returns is a new one.
+  func remove(_ device: any PCIDevice) {
+    state.withLock { state in
+      state.isRemoved = true
+      placeBARs(state, device)
+      update(&state)
+    }
+  }
+
   private func replace(_ replacement: State, _ device: any PCIDevice) {
     state.withLock { state in
+      let isRemoved = state.isRemoved
       state = replacement
+      state.isRemoved = isRemoved
       placeBARs(state, device)
       update(&state)
     }
@@ -198,8 +226,8 @@ public final class PCIFunction: Sendable {
     _ node: StateNode, for device: any PCIDevice
   ) throws(StateError) -> () -> Void {
     let restored = try node.read(Self.nodeName, versions: 1...1) { reader, _ throws(StateError) in
-      var bytes = try reader.read(limit: PCIConfiguration.size)
-      guard bytes.count == PCIConfiguration.size else { throw reader.invalid("size", UInt64(bytes.count)) }
+      var bytes = try reader.read(limit: initial.bytes.count)
+      guard bytes.count == initial.bytes.count else { throw reader.invalid("size", UInt64(bytes.count)) }
       // What the guest cannot write is the device's own, whatever the node says.
       for index in bytes.indices {
         let mask = initial.writable[index]

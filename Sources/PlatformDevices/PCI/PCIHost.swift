@@ -3,7 +3,7 @@ import StateTree
 import Synchronization
 
 /// The PCI host bridge's two doors to configuration space: the ports 0xcf8 and 0xcfc (PCI Local Bus 3.0, 3.2.2.3.2),
-/// and ECAM (PCI Express Base, 7.2.2). Functions are by bus, device and function number.
+/// and ECAM (PCI Express Base 4.0, 7.2.2), which alone reaches extended configuration space. Functions are by bus, device and function number.
 public final class PCIHost: PlatformDevice {
   /// Guest-physical address of ECAM, for 256 buses.
   public static let ecam: UInt64 = 0xe000_0000
@@ -52,6 +52,14 @@ public final class PCIHost: PlatformDevice {
       state.functions[address.routingID] = device
       return true
     }
+  }
+
+  /// Takes a function away from the guest and returns its device; nil where there is none.
+  @discardableResult
+  public func remove(at address: PCIAddress) -> (any PCIDevice)? {
+    guard let device = state.withLock({ $0.functions.removeValue(forKey: address.routingID) }) else { return nil }
+    device.function.remove(device)
+    return device
   }
 
   /// The configuration address, or configuration space; all ones where there is no function.

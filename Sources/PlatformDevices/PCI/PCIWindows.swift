@@ -13,8 +13,9 @@ public final class PCIWindows: Sendable {
     var isPlaced: Bool
   }
 
-  private let ports: AddressBus
-  private let memory: AddressBus
+  /// The buses hold the devices, and with them this; they outlive both.
+  private weak let ports: AddressBus?
+  private weak let memory: AddressBus?
   private let claims = Mutex<[Claim]>([])
 
   /// BARs in these two spaces.
@@ -30,19 +31,20 @@ public final class PCIWindows: Sendable {
         let claim = claims[index]
         if claim.window == window { return }
         claims.remove(at: index)
-        if claim.isPlaced { bus(claim.window).detach(device, at: claim.window.start) }
+        if claim.isPlaced { bus(claim.window)?.detach(device, at: claim.window.start) }
       }
       if let window { claims.append(Claim(device: device, bar: bar, window: window, isPlaced: false)) }
       for index in claims.indices where !claims[index].isPlaced { claims[index].isPlaced = place(claims[index]) }
     }
   }
 
-  private func bus(_ window: BusWindow) -> AddressBus { window.space == .ports ? ports : memory }
+  private func bus(_ window: BusWindow) -> AddressBus? { window.space == .ports ? ports : memory }
 
   private func place(_ claim: Claim) -> Bool {
     let window = claim.window
+    guard let bus = bus(window) else { return false }
     do throws(DeviceModelError) {
-      try bus(window).attach(claim.device, at: window.start, size: window.size, offset: window.offset)
+      try bus.attach(claim.device, at: window.start, size: window.size, offset: window.offset)
       return true
     } catch {
       return false

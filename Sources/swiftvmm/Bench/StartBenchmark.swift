@@ -22,12 +22,13 @@ struct StartBenchmark {
       try add(&table, "swiftvmm kvm, \(size)", ours + ["--firmware", rom, "--memory", size], status: 33)
     }
     try add(&table, "swiftvmm kvm, hello", ours + [hello], status: 0)
-    for engine in ["kvm", "tcg"] {
+    for (engine, size) in [("kvm", nil), ("kvm", "16G"), ("tcg", nil)] as [(String, String?)] {
       let peer = [
-        "qemu-system-x86_64", "-M", "microvm", "-accel", engine, "-m", "256", "-nodefaults", "-display", "none",
+        "qemu-system-x86_64", "-M", "microvm", "-accel", engine, "-m", size ?? "256M", "-nodefaults", "-display",
+        "none",
         "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-bios", rom,
       ]
-      try add(&table, "qemu microvm \(engine), smallest", peer, status: 33)
+      try add(&table, "qemu microvm \(engine), \(size ?? "smallest")", peer, status: 33)
     }
     return table
   }

@@ -1,0 +1,143 @@
+import GuestMemory
+import Synchronization
+
+/// What may be done with a page of guest-physical memory.
+public struct PageRights: OptionSet, Hashable, Sendable {
+  /// A bit a right.
+  public let rawValue: UInt8
+  /// A bit a right.
+  public init(rawValue: UInt8) { self.rawValue = rawValue }
+  /// Data reads, and the reads of page walks.
+  public static let read = Self(rawValue: 1)
+  /// Data writes, and the updates of accessed and dirty bits by page walks.
+  public static let write = Self(rawValue: 2)
+  /// Instruction fetches.
+  public static let execute = Self(rawValue: 4)
+  /// Everything.
+  public static let all: Self = [.read, .write, .execute]
+}
+
+/// A set of hypervisor page tables: what a vCPU may do with each page of guest-physical memory while the view is active,
+/// and, where the view says so, which page of host memory it finds there.
+///
+/// A radix tree of four levels of 512 entries over 48-bit guest-physical addresses, as nested paging has it (SDM vol. 3,
+/// 29.3; here without its memory types). vCPUs walk it without a lock while others change it: a change is seen by a vCPU
+/// at the latest when its translations are flushed.
+public final class MemoryView: Sendable {
+  /// What a view says of one page.
+  public struct Entry: Equatable, Sendable {
+    /// What may be done.
+    public var rights: PageRights
+    /// The address of the host page that stands in for the guest's own; 0 for the guest's own.
+    public var hostPage: UInt
+  }
+
+  /// Tells views apart; 1 or more, since 0 stands for no view.
+  public let number: UInt32
+  /// The rights of pages that the view has no entry for.
+  public let defaultRights: PageRights
+  private let root = Node()
+  private let writer = Mutex(())
+
+  /// A view whose pages all have `defaultRights` and are the guest's own.
+  public init(number: UInt32, defaultRights: PageRights = .all) {
+    self.number = number
+    self.defaultRights = defaultRights
+  }
+
+  /// What the view says of the page with a guest-physical address.
+  public subscript(_ address: GuestPhysicalAddress) -> Entry {
+    var node = root
+    var level = 3
+    while true {
+      let word = node.words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
+      guard word & Self.present != 0 else { return Entry(rights: defaultRights, hostPage: 0) }
+      if level == 0 {
+        return Entry(
+          rights: PageRights(rawValue: UInt8(truncatingIfNeeded: word & 7)), hostPage: UInt(word & ~0xfff))
+      }
+      node = Unmanaged<Node>.fromOpaque(
+        UnsafeRawPointer(bitPattern: UInt(word & ~Self.present)).unsafelyUnwrapped
+      ).takeUnretainedValue()
+      level -= 1
+    }
+  }
+
+  /// Gives the pages that `range` touches new rights; which host page is there does not change.
+  public func set(_ rights: PageRights, for range: GuestRange) {
+    guard range.size > 0 else { return }
+    let last = (range.start.rawValue &+ (range.size - 1)) >> 12
+    change(range.start.rawValue >> 12...last) { word in
+      UInt64(rights.rawValue) | Self.present | (word & Self.present != 0 ? word & ~0xfff : 0)
+    }
+  }
+
+  /// Puts a host page in the place of a guest page.
+  ///
+  /// - Parameter hostPage: the address of 4 KiB that outlive the view, aligned to their size; nil for the guest's own.
+  public func replace(
+    _ address: GuestPhysicalAddress, by hostPage: UnsafeMutableRawPointer?, rights: PageRights
+  ) {
+    let host = UInt64(UInt(bitPattern: hostPage)) & ~0xfff
+    change(address.rawValue >> 12...address.rawValue >> 12) { _ in UInt64(rights.rawValue) | Self.present | host }
+  }
+
+  // MARK: The tree
+
+  /// Set in every word that says something: a leaf's, beside the rights; a table's, which is aligned to 16 bytes.
+  private static let present: UInt64 = 8
+
+  private static func index(_ address: UInt64, _ level: Int) -> Int {
+    Int(address >> UInt64(12 + 9 * level) & 0x1ff)
+  }
+
+  private func change(_ pages: ClosedRange<UInt64>, _ change: (UInt64) -> UInt64) {
+    writer.withLock { _ in
+      var page = pages.lowerBound
+      while page <= pages.upperBound {
+        let leaf = leaf(page << 12)
+        repeat {
+          let slot = leaf.words + Int(page & 0x1ff)
+          slot.pointee.store(change(slot.pointee.load(ordering: .relaxed)), ordering: .releasing)
+          page += 1
+        } while page <= pages.upperBound && page & 0x1ff != 0
+      }
+    }
+  }
+
+  /// The lowest table for an address, made where it is missing.
+  private func leaf(_ address: UInt64) -> Node {
+    var node = root
+    for level in [3, 2, 1] {
+      let slot = node.words + Self.index(address, level)
+      let word = slot.pointee.load(ordering: .relaxed)
+      if word & Self.present != 0 {
+        node = Unmanaged<Node>.fromOpaque(
+          UnsafeRawPointer(bitPattern: UInt(word & ~Self.present)).unsafelyUnwrapped
+        ).takeUnretainedValue()
+      } else {
+        let table = Node()
+        node.children.withLock { $0.append(table) }
+        slot.pointee.store(
+          UInt64(UInt(bitPattern: Unmanaged.passUnretained(table).toOpaque())) | Self.present, ordering: .releasing)
+        node = table
+      }
+    }
+    return node
+  }
+
+  /// One table. Its parent owns it through `children`; the words refer to it without counting.
+  private final class Node: Sendable {
+    nonisolated(unsafe) let words = UnsafeMutablePointer<Atomic<UInt64>>.allocate(capacity: 512)
+    let children = Mutex<[Node]>([])
+
+    init() {
+      for index in 0..<512 { (words + index).initialize(to: Atomic(0)) }
+    }
+
+    deinit {
+      words.deinitialize(count: 512)
+      words.deallocate()
+    }
+  }
+}

@@ -1,0 +1,122 @@
+import Accelerator
+import CSoftCPU
+import X86
+
+/// What a CPU does between two looks of the VMM at it.
+extension Processor {
+  /// Executes until the VMM is needed: `.none` where it was kicked.
+  func run() -> PendingExit {
+    soft_store(soft_inside(cpu), 1)
+    defer { soft_store(soft_inside(cpu), 0) }
+    while true {
+      if soft_attention(cpu) < 0 || soft_load(soft_requests(cpu)) != 0 {
+        soft_set_attention(cpu, 0)
+        answerRequests()
+        // An instruction that waits for the rest of its device accesses comes first: its state is not whole.
+        if isKicked, replay.values.isEmpty {
+          isKicked = false
+          return .none
+        }
+      }
+      if replay.values.isEmpty, let exit = takeEvents() { return exit }
+      do throws(Interruption) {
+        if stepsSingly { try step() } else { try runBlocks() }
+      } catch .exit {
+        let exit = pendingExit
+        pendingExit = .none
+        return exit
+      } catch {
+        finishDeviceAccesses()
+        if let exit = deliver(error) { return exit }
+      }
+    }
+  }
+
+  /// Finishes the instruction that a device access interrupted, and nothing after it; nil when it is done.
+  func finishInstruction() -> PendingExit? {
+    guard !replay.values.isEmpty else { return nil }
+    finishesOnly = true
+    defer { finishesOnly = false }
+    do throws(Interruption) {
+      try step()
+    } catch .exit {
+      let exit = pendingExit
+      pendingExit = .none
+      return exit
+    } catch {
+      finishDeviceAccesses()
+      return deliver(error)
+    }
+    return nil
+  }
+
+  /// Executes one instruction, decoded afresh.
+  func step() throws(Interruption) {
+    replay.position = 0
+    if isDebugged { return try stepDebugged() }
+    let instruction = try fetch()
+    let shadow = cpu.pointee.interrupt_shadow
+    try execute(instruction)
+    finish(shadow: shadow)
+  }
+
+  /// The same with breakpoints, single-stepping or RF: what they find falls due after the instruction.
+  private func stepDebugged() throws(Interruption) {
+    try checkCodeBreakpoints()
+    let instruction = try fetch()
+    let shadow = cpu.pointee.interrupt_shadow
+    let flags = cpu.pointee.other_flags
+    let due = pendingDebug
+    // Each iteration of a repeated string instruction is a step.
+    let finishesOnly = self.finishesOnly
+    if flags & RFLAGS.tf.rawValue != 0 { self.finishesOnly = true }
+    defer { self.finishesOnly = finishesOnly }
+    do throws(Interruption) {
+      try execute(instruction)
+    } catch {
+      // An instruction that starts again, or never completed, has met nothing yet.
+      if case .exception(.debug) = error {} else { pendingDebug = due }
+      throw error
+    }
+    finishDebugging(instruction, flags: flags)
+    finish(shadow: shadow)
+  }
+
+  private func finish(shadow: UInt8) {
+    finishDeviceAccesses()
+    cpu.pointee.instructions &+= 1
+    // What cast the shadow keeps it for one instruction.
+    if shadow != 0, cpu.pointee.interrupt_shadow == shadow { cpu.pointee.interrupt_shadow = 0 }
+  }
+
+  /// Whether instructions must be taken one by one: a shadow to be lifted, or a device access to be repeated.
+  private var stepsSingly: Bool {
+    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged
+  }
+
+  /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).
+  private func takeEvents() -> PendingExit? {
+    if pendingDebug != 0, cpu.pointee.interrupt_shadow & 2 == 0 {
+      if let exit = deliver(.exception(.debug)) { return exit }
+    }
+    guard cpu.pointee.interrupt_shadow == 0 else { return nil }
+    if isNMIPending, !cpu.pointee.nmi_masked {
+      isNMIPending = false
+      isHalted = false
+      if let exit = deliverNMI() { return exit }
+    }
+    if cpu.pointee.other_flags & RFLAGS.if.rawValue != 0 {
+      if let vector = pendingInterrupt {
+        pendingInterrupt = nil
+        isHalted = false
+        if let exit = deliverInterrupt(vector) { return exit }
+      } else if let localAPIC, localAPIC.hasInterrupt, let vector = localAPIC.acknowledgeInterrupt() {
+        isHalted = false
+        if let exit = deliverInterrupt(vector) { return exit }
+      } else if wantsInterruptWindow {
+        return .interruptWindow
+      }
+    }
+    return isHalted ? .halt : nil
+  }
+}

@@ -1,0 +1,44 @@
+import GuestMemory
+import MemoryViews
+import Testing
+
+@Suite struct MemoryViewTests {
+  private func address(_ value: UInt64) -> GuestPhysicalAddress { GuestPhysicalAddress(value) }
+
+  @Test func pagesWithoutAnEntryHaveTheDefault() {
+    let open = MemoryView(number: 1)
+    let closed = MemoryView(number: 2, defaultRights: [])
+    for place: UInt64 in [0, 0xfff, 0x1000, 0xffff_ffff, 0x1_0000_0000, 0xffff_ffff_f000] {
+      #expect(open[address(place)] == .init(rights: .all, hostPage: 0))
+      #expect(closed[address(place)].rights == [])
+    }
+  }
+
+  @Test func rightsCoverEveryPageThatARangeTouches() throws {
+    let view = MemoryView(number: 1)
+    // Across a boundary of every level of tables.
+    view.set([.read], for: try #require(GuestRange(start: address(0x7f_ffff_f800), size: 0x1000)))
+    #expect(view[address(0x7f_ffff_efff)].rights == .all)
+    #expect(view[address(0x7f_ffff_f000)].rights == [.read])
+    #expect(view[address(0x80_0000_0fff)].rights == [.read])
+    #expect(view[address(0x80_0000_1000)].rights == .all)
+    view.set([.read, .execute], for: try #require(GuestRange(start: address(0x80_0000_0000), size: 1)))
+    #expect(view[address(0x80_0000_0123)].rights == [.read, .execute])
+    #expect(view[address(0x7f_ffff_f123)].rights == [.read])
+    view.set([], for: try #require(GuestRange(start: address(0x10_0000), size: 0)))
+    #expect(view[address(0x10_0000)].rights == .all)
+  }
+
+  @Test func aReplacedPageStaysReplacedWhenItsRightsChange() throws {
+    let view = MemoryView(number: 1)
+    let page = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
+    defer { page.deallocate() }
+    view.replace(address(0x3000), by: page, rights: [.read])
+    #expect(view[address(0x3fff)] == .init(rights: [.read], hostPage: UInt(bitPattern: page)))
+    view.set(.all, for: try #require(GuestRange(start: address(0x2000), size: 0x3000)))
+    #expect(view[address(0x3000)] == .init(rights: .all, hostPage: UInt(bitPattern: page)))
+    #expect(view[address(0x2000)].hostPage == 0)
+    view.replace(address(0x3000), by: nil, rights: .all)
+    #expect(view[address(0x3000)].hostPage == 0)
+  }
+}
