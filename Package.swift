@@ -18,8 +18,8 @@ func library(_ name: String, _ dependencies: [Target.Dependency] = [], settings:
   .target(name: name, dependencies: dependencies, swiftSettings: settings)
 }
 
-func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
-  .testTarget(name: name, dependencies: dependencies, swiftSettings: strict)
+func tests(_ name: String, _ dependencies: [Target.Dependency], settings: [SwiftSetting] = strict) -> Target {
+  .testTarget(name: name, dependencies: dependencies, swiftSettings: settings)
 }
 
 /// Fuzzers need libFuzzer's instrumentation everywhere, so they are no part of other builds: see scripts/fuzz.
@@ -87,7 +87,7 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "Boot", "CLinux", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator",
-        "Machine", "Monitor", "PlatformDevices", "StateTree",
+        "Machine", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
@@ -99,7 +99,11 @@ let package = Package(
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
-    tests("SoftAcceleratorTests", ["Accelerator", "CSoftCPU", "GuestMemory", "SoftAccelerator", "X86"]),
+    // The physical CPU, an instruction at a time.
+    .target(name: "NativeRunner", path: "Tests/Support/NativeRunner"),
+    tests(
+      "SoftAcceleratorTests", ["Accelerator", "CSoftCPU", "GuestMemory", "NativeRunner", "SoftAccelerator", "X86"],
+      settings: hot),
     tests("BootTests", ["Accelerator", "Boot", "GuestMemory", "Host"]),
     // A clock, a machine and an interrupt sink in the test's hand.
     .target(

@@ -214,7 +214,12 @@ def x87_unit(row):
     lines += ["push r8", "popfq"] if conditional or comparing else []
     lines += [f".byte {row.opcode:#x}, {code}"]
     lines += ["pushfq", "pop rax"] if comparing else []
-    return Unit(lines + ["fxsave64 [rdi]", "fninit", "ret"], variants), STATUS if comparing else 0
+    lines += ["fxsave64 [rdi]", "fninit", "ret"]
+    if row.mnemonic == "fstp" and row.operands == ["STi"]:
+        # D9 D8, unlike its aliases, takes an empty register without a stack fault: the last eight of sixteen.
+        first = [line.replace("{i}", "(i & 7)").replace(f"{row.opcode:#x},", "0xdd - 4 * (i >> 3),") for line in lines]
+        return Unit(first, 16), 0
+    return Unit(lines, variants), STATUS if comparing else 0
 
 
 def generate(operations):

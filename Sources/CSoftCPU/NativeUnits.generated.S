@@ -276,8 +276,8 @@ fxrstor64 [rdi]; .byte 0xd9, 0xc0 + i; fxsave64 [rdi]; fninit; ret
 u562_x87_end:
 u563_x87:
 .set i, 0
-.rept 8
-fxrstor64 [rdi]; .byte 0xd9, 0xd8 + i; fxsave64 [rdi]; fninit; ret
+.rept 16
+fxrstor64 [rdi]; .byte 0xdd - 4 * (i >> 3), 0xd8 + (i & 7); fxsave64 [rdi]; fninit; ret
 .set i, i + 1
 .endr
 u563_x87_end:
@@ -3553,7 +3553,7 @@ soft_units:
 .long u560_x87 - soft_units, 0; .short (u560_x87_end - u560_x87) / 1, 0; .byte 0, 0; .short 0  // fld
 .long u561_x87 - soft_units, 0; .short (u561_x87_end - u561_x87) / 1, 0; .byte 0, 0; .short 0  // fstp
 .long u562_x87 - soft_units, 0; .short (u562_x87_end - u562_x87) / 8, 0; .byte 7, 0; .short 0  // fld
-.long u563_x87 - soft_units, 0; .short (u563_x87_end - u563_x87) / 8, 0; .byte 7, 0; .short 0  // fstp
+.long u563_x87 - soft_units, 0; .short (u563_x87_end - u563_x87) / 16, 0; .byte 15, 0; .short 0  // fstp
 .long u564_x87 - soft_units, 0; .short (u564_x87_end - u564_x87) / 8, 0; .byte 7, 0; .short 0  // fst
 .long u565_x87 - soft_units, 0; .short (u565_x87_end - u565_x87) / 8, 0; .byte 7, 0; .short 0  // fxch
 .long u566_x87 - soft_units, 0; .short (u566_x87_end - u566_x87) / 1, 0; .byte 0, 0; .short 0  // fild

@@ -100,7 +100,13 @@ extension Processor {
     var rax: UInt64 = 0
     var raised: UInt32 = 0
     if flags & Int(SOFT_UNIT_MXCSR) != 0 {
-      raised = try runFloating(code, sources, value, &rax)
+      do throws(Interruption) {
+        raised = try runFloating(code, sources, value, &rax)
+      } catch {
+        // Of an instruction that faults with #XM this is done all the same.
+        if usesMMX(i) { enterMMX() }
+        throw error
+      }
     } else {
       rax = soft_run(code, result, sources.0, sources.1, sources.2, value, 0)
     }

@@ -87,7 +87,8 @@ extension Processor {
     }
     storeX87(to: image)
     image.storeBytes(of: 0x1f80, toByteOffset: 24, as: UInt32.self)
-    let code = soft_unit_entry(unit, 0, Int(i.modRM & 7))
+    // FSTP ST(i) is not the same in its encoding D9 D8.
+    let code = soft_unit_entry(unit, 0, Int(i.modRM & 7 | (i.opcode == 0xd9 ? 8 : 0)))
     let flags = soft_run(code, image, buffer, buffer, buffer, statusFlags, 0)
     if isStore {
       // Nothing is stored where an exception other than loss of precision is not masked.

@@ -300,7 +300,7 @@ extension Processor {
     }
     if requested & 1 << 9 != 0, cpu.pointee.pkru != UInt32(truncatingIfNeeded: pkru) {
       cpu.pointee.pkru = UInt32(truncatingIfNeeded: pkru)
-      clearTLB()
+      flushTLB()
     }
   }
 }

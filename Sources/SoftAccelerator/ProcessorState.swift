@@ -44,9 +44,10 @@ extension Processor {
 
   /// What RESET puts in place and INIT does not.
   private func resetBeyondINIT() {
-    cpu.pointee.fpu_control = 0x40
+    // As FNINIT leaves it, where a processor's own reset state has every exception unmasked: KVM starts so, too.
+    cpu.pointee.fpu_control = 0x37f
     cpu.pointee.fpu_status = 0
-    cpu.pointee.fpu_valid = 0xff
+    cpu.pointee.fpu_valid = 0
     (cpu.pointee.fpu_opcode, cpu.pointee.fpu_code_segment, cpu.pointee.fpu_data_segment) = (0, 0, 0)
     (cpu.pointee.fpu_instruction, cpu.pointee.fpu_data) = (0, 0)
     for index in 0..<8 { soft_st(cpu, index).initializeMemory(as: UInt8.self, repeating: 0, count: 16) }
@@ -192,10 +193,17 @@ extension Processor {
     return state
   }
 
-  /// Replaces everything the CPU is. Model-specific registers that this CPU lacks mean nothing to it and are dropped.
+  /// Replaces everything the CPU is. A state that no CPU of this kind can be in is refused, before anything changes.
   func setState(_ state: VCPUState) throws(AcceleratorError) {
     guard state.debug.addresses.count == 4 else {
       throw invalid("the number of breakpoint addresses", UInt64(state.debug.addresses.count))
+    }
+    // Bits that no control register has (SDM vol. 3, 2.5).
+    guard state.system.cr0 & ~0xe005_003f == 0 else { throw invalid("CR0", state.system.cr0) }
+    for register in state.modelSpecific where register.value != 0 {
+      guard Self.isLocalAPIC(register.index) || readMSR(register.index) != nil else {
+        throw .modelSpecificRegister(index: register.index, write: true)
+      }
     }
     if !state.extended.isEmpty { try setExtendedState(state.extended) }
     cpu.pointee.xcr0 = state.xcr0 & features.xcr0 | 1
@@ -216,6 +224,11 @@ extension Processor {
     updateDebug()
     isHalted = state.activity == .halted
     setEvents(state.events)
+  }
+
+  /// Registers of the local APIC, which is the VMM's.
+  private static func isLocalAPIC(_ index: UInt32) -> Bool {
+    index == MSR.apicBase || index == MSR.tscDeadline || (MSR.x2APICFirst...MSR.x2APICLast).contains(index)
   }
 
   private func setEvents(_ events: PendingEvents) {
@@ -243,8 +256,11 @@ extension Processor {
 
   // MARK: XSAVE layout (SDM vol. 1, 13.4)
 
+  /// With room for AVX's part, whether the CPU has it or not.
+  private var extendedStateSize: Int { max(832, Self.stateSize(features.xcr0, isCompact: false)) }
+
   private var extendedState: [UInt8] {
-    let size = Self.stateSize(features.xcr0, isCompact: false)
+    let size = extendedStateSize
     var area = [UInt8](repeating: 0, count: size)
     area.withUnsafeMutableBytes { area in
       let base = area.baseAddress.unsafelyUnwrapped
@@ -269,7 +285,12 @@ extension Processor {
   }
 
   private func setExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
-    guard bytes.count >= 576 else { throw invalid("the size of its extended state", UInt64(bytes.count)) }
+    guard bytes.count == extendedStateSize else {
+      throw invalid("the size of its extended state", UInt64(bytes.count))
+    }
+    // The header's 48 bytes after XSTATE_BV and XCOMP_BV are reserved, and the format is the standard one.
+    let reserved = bytes[520..<576].firstIndex { $0 != 0 }
+    if let reserved { throw invalid("byte \(reserved) of its extended state", UInt64(bytes[reserved])) }
     bytes.withUnsafeBytes { area in
       let present = area.loadUnaligned(fromByteOffset: 512, as: UInt64.self)
       let base = area.baseAddress.unsafelyUnwrapped
