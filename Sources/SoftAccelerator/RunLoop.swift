@@ -83,7 +83,7 @@ extension Processor {
       if case .exception(.debug) = error {} else { pendingDebug = due }
       throw error
     }
-    finishDebugging(instruction, flags: flags)
+    finishDebugging(instruction, flags: flags, shadow: shadow)
     finish(shadow: shadow)
   }
 

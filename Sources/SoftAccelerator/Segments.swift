@@ -215,7 +215,10 @@ extension Processor {
     for index in [SegmentIndex.es, SegmentIndex.ds, SegmentIndex.fs, SegmentIndex.gs] {
       let segment = segments[index]
       let isConforming = segment.attributes & 0x1c == 0x1c
-      if segment.isUsable, !isConforming, segment.dpl < cpu.pointee.cpl { segments[index] = soft_segment(null: 0) }
+      guard segment.isUsable, !isConforming, segment.dpl < cpu.pointee.cpl else { continue }
+      // The base stays: in 64-bit mode FS and GS have theirs from elsewhere.
+      segments[index].selector = 0
+      segments[index].attributes = soft_segment.unusable
     }
   }
 
