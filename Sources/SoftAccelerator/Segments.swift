@@ -163,7 +163,9 @@ extension Processor {
       segment.pointee = soft_segment(virtual8086: selector)
       return
     }
-    if !segment.pointee.isUsable { segment.pointee = soft_segment(base: 0, limit: 0xffff, selector: 0, attributes: 0x93) }
+    if !segment.pointee.isUsable {
+      segment.pointee = soft_segment(base: 0, limit: 0xffff, selector: 0, attributes: 0x93)
+    }
     segment.pointee.selector = selector
     segment.pointee.base = UInt64(selector) << 4
     segment.pointee.attributes = segment.pointee.attributes & ~0xff | 0x93

@@ -31,7 +31,8 @@ extension Processor {
     }
     let current = segments[SegmentIndex.tr]
     let currentIs32 = current.attributes & 8 != 0
-    let saved = savedTask(is32: currentIs32, ip: returnIP, flags: reason == .return ? flags & ~RFLAGS.nt.rawValue : flags)
+    let saved = savedTask(
+      is32: currentIs32, ip: returnIP, flags: reason == .return ? flags & ~RFLAGS.nt.rawValue : flags)
     // Everything that can fault on the way out.
     try checkAccess(
       systemAddress(current.base &+ (currentIs32 ? 32 : 14)), count: currentIs32 ? 64 : 28, [.implicit, .write])
@@ -113,7 +114,8 @@ extension Processor {
     try storeSystem(task.ip, systemAddress(base &+ first), size: UInt8(size))
     try storeSystem(task.flags, systemAddress(base &+ first &+ size), size: UInt8(size))
     for index in 0..<8 {
-      try storeSystem(task.general[index], systemAddress(base &+ first &+ size &* UInt64(2 &+ index)), size: UInt8(size))
+      try storeSystem(
+        task.general[index], systemAddress(base &+ first &+ size &* UInt64(2 &+ index)), size: UInt8(size))
     }
     for index in 0..<(is32 ? 6 : 4) {
       let place = systemAddress(base &+ first &+ size &* UInt64(10 &+ index))
