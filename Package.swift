@@ -87,7 +87,7 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "Boot", "CLinux", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator",
-        "Machine", "Monitor", "PlatformDevices", "StateTree",
+        "Machine", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.

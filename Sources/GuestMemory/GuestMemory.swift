@@ -1,6 +1,7 @@
 import CLinux
 import Glibc
 import Host
+import Synchronization
 
 /// Why guest memory could not be made or touched.
 public enum GuestMemoryError: Error, Equatable, CustomStringConvertible {
@@ -51,6 +52,8 @@ public final class GuestMemory: Sendable {
   public let file: FileDescriptor
 
   private let mapping: MemoryMapping
+  private let isObserved = Atomic(false)
+  private let observer = Mutex<(@Sendable (UnsafeMutableRawPointer, Int) -> Void)?>(nil)
   private nonisolated(unsafe) let table: UnsafeMutablePointer<GuestRegion>
 
   /// Makes RAM for `ranges`, which are whole pages and do not overlap; nothing is touched, so nothing is used yet.
@@ -187,9 +190,17 @@ public final class GuestMemory: Sendable {
     }
   }
 
+  /// Has `observer` called after every write of the VMM's, with its host address and length; nil: nobody any more. An
+  /// accelerator that caches decoded code needs to know.
+  public func setWriteObserver(_ observer: (@Sendable (UnsafeMutableRawPointer, Int) -> Void)?) {
+    self.observer.withLock { $0 = observer }
+    isObserved.store(observer != nil, ordering: .releasing)
+  }
+
   /// Records that the VMM wrote `count` bytes at a host address of this memory.
   @inline(__always)
   public func markDirty(_ pointer: UnsafeMutableRawPointer, count: Int) {
+    if isObserved.load(ordering: .acquiring), count > 0 { observer.withLock { $0 }?(pointer, count) }
     guard dirty.isTracking, count > 0 else { return }
     let offset = pointer - mapping.base
     dirty.mark(firstPage: offset >> 12, lastPage: (offset + count - 1) >> 12)

@@ -56,6 +56,7 @@ public final class KVMAccelerator: Accelerator {
     if has(KVM_CAP_IRQCHIP), has(KVM_CAP_PIT2) { capabilities.insert(.inKernelInterrupts) }
     if has(KVM_CAP_SPLIT_IRQCHIP) { capabilities.insert(.splitInterrupts) }
     if has(KVM_CAP_IRQFD), has(KVM_CAP_IOEVENTFD) { capabilities.insert(.eventNotifiers) }
+    if has(KVM_CAP_X86_USER_SPACE_MSR), has(KVM_CAP_X86_MSR_FILTER) { capabilities.insert(.controllerRegisters) }
     if has(KVM_CAP_SET_GUEST_DEBUG) { capabilities.insert(.guestDebug) }
     if has(KVM_CAP_TSC_CONTROL) { capabilities.insert(.tscScaling) }
     if Self.hasHardwareVirtualization() {

@@ -52,6 +52,7 @@ extension KVMVirtualCPU {
     regs.r15 = general.r15
     regs.rip = general.rip
     regs.rflags = general.rflags
+    forbidInjection()
     try kvmCall("KVM_SET_REGS", descriptor.rawValue, CLINUX_KVM_SET_REGS, with: &regs)
   }
 
@@ -178,7 +179,7 @@ extension KVMVirtualCPU {
   }
 
   /// Kilohertz; 0 where the host does not know.
-  private func readTSCRate() -> UInt32 { UInt32(max(0, ioctl(descriptor.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0))) }
+  func readTSCRate() -> UInt32 { UInt32(max(0, ioctl(descriptor.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0))) }
 
   /// A host that cannot scale keeps its own rate; asked all the same, it may only change what it says the rate is.
   private func writeTSCRate(_ kilohertz: UInt32) throws(AcceleratorError) {

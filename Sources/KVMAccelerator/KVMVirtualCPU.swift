@@ -21,6 +21,12 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// Kernel id of the thread that called `run` last, the one to interrupt; 0 before the first. A pthread_t would not do:
   /// the next thread gets that of one that has ended.
   private let runner = Atomic<Int32>(0)
+  /// The interrupt controllers in the VMM, where they are: what drives INTR, and the local APIC.
+  var source: (any InterruptSource)?
+  var controller: (any LocalInterruptController)?
+  /// What the controller has for IA32_APIC_BASE and CR8, to see when the guest changes them.
+  var apicBase: UInt64 = 0
+  var taskPriority: UInt64 = 0
 
   init(machine: KVMVirtualMachine, index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) {
     self.machine = machine
@@ -47,6 +53,7 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     if runner.load(ordering: .relaxed) != ThreadIdentity.current.id {
       runner.store(ThreadIdentity.becomeInterruptible().id, ordering: .sequentiallyConsistent)
     }
+    if let source { try offerInterrupt(source) }
     if let exit = try enter() { return exit }
     // A kick from here on is answered by this return, or sets the flag anew for the next run.
     isKicked.store(false, ordering: .sequentiallyConsistent)
@@ -78,8 +85,13 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   @inline(__always)
   private func enter() throws(AcceleratorError) -> VCPUExit? {
     while true {
-      if ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0) >= 0 { return exit() }
+      let result = ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0)
       let code = errno
+      if let controller { takeRegisters(controller) }
+      if result >= 0 {
+        if let controller, accessRegister(controller) { continue }
+        return exit()
+      }
       switch code {
       case EINTR: return nil
       // An application processor that was woken by SIPI reports so once; there is nothing to do.
@@ -106,7 +118,8 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
           address: GuestPhysicalAddress(shared.pointee.mmio.phys_addr), size: UInt8(shared.pointee.mmio.len),
           isWrite: shared.pointee.mmio.is_write != 0, data: clinux_kvm_mmio_data(shared)))
     case KVM_EXIT_HLT: return .halt
-    case KVM_EXIT_INTR: return .interrupted
+    // CR8 was lowered: the next run looks for an interrupt that may pass now.
+    case KVM_EXIT_INTR, KVM_EXIT_SET_TPR: return .interrupted
     case KVM_EXIT_IRQ_WINDOW_OPEN: return .interruptWindow
     case KVM_EXIT_SHUTDOWN: return .tripleFault
     case KVM_EXIT_SYSTEM_EVENT:
@@ -146,26 +159,6 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     let count = UInt8(truncatingIfNeeded: error.data.1)
     let low = error.data.1 >> 8 | error.data.2 << 56
     return .emulationFailure(InstructionBytes(low: low, high: error.data.2 >> 8, count: count))
-  }
-
-  /// Hands an interrupt to the processor (`KVM_INTERRUPT`). KVM would take a second one in place of the first.
-  public func injectInterrupt(vector: UInt8) throws(AcceleratorError) {
-    var request = kvm_interrupt(irq: UInt32(vector))
-    try kvmCall("KVM_INTERRUPT", descriptor.rawValue, CLINUX_KVM_INTERRUPT, with: &request)
-    shared.pointee.ready_for_interrupt_injection = 0
-  }
-
-  /// Whether an interrupt can be injected now.
-  public var isInterruptible: Bool { shared.pointee.ready_for_interrupt_injection != 0 && shared.pointee.if_flag != 0 }
-
-  /// Asks for `.interruptWindow` as soon as an interrupt can be injected.
-  public func requestInterruptWindow(_ wanted: Bool) {
-    shared.pointee.request_interrupt_window = wanted ? 1 : 0
-  }
-
-  /// Makes an NMI pending (`KVM_NMI`).
-  public func injectNMI() throws(AcceleratorError) {
-    _ = try kvmCall("KVM_NMI", descriptor.rawValue, CLINUX_KVM_NMI)
   }
 
   /// Walks the guest's page tables (`KVM_TRANSLATE`).

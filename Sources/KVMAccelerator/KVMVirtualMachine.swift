@@ -63,7 +63,10 @@ public final class KVMVirtualMachine: VirtualMachine {
         throw .unsupported(engine: "kvm", what: "the split interrupt controller")
       }
       try Self.enable(KVM_CAP_SPLIT_IRQCHIP, 24, on: number)
-    case .userSpace: break
+    case .userSpace:
+      if accelerator.capabilities.contains(.controllerRegisters) {
+        try Self.takeControllerRegisters(on: machine.rawValue)
+      }
     }
     descriptor = machine
     if interrupts == .inKernel { try setInterruptRoutes(InterruptRoute.legacy) }
@@ -77,7 +80,7 @@ public final class KVMVirtualMachine: VirtualMachine {
     return true
   }
 
-  private static func enable(
+  static func enable(
     _ capability: Int32, _ argument: UInt64, on machine: Int32
   ) throws(AcceleratorError) {
     var request = kvm_enable_cap()

@@ -1,4 +1,5 @@
 import Accelerator
+import PlatformDevices
 
 /// Which processor the guest sees: the accelerator's own leaves, minus what this machine does not offer, plus its topology.
 ///
@@ -9,11 +10,28 @@ public struct CPUIDPolicy: Sendable {
   /// Whether ring 0 is emulated one instruction at a time: then features whose instructions the emulator lacks, or gets
   /// wrong, are hidden, so that kernels take another path.
   public let emulatesRing0: Bool
+  /// Where the local APICs live.
+  public let controllers: InterruptControllerModel
+  /// Whether the MSRs of local APICs in the VMM reach them.
+  public let hasControllerRegisters: Bool
 
   /// The policy of a machine with `cpus` vCPUs.
-  public init(cpus: Int, emulatesRing0: Bool = false) {
+  public init(
+    cpus: Int, emulatesRing0: Bool = false, controllers: InterruptControllerModel = .inKernel,
+    hasControllerRegisters: Bool = false
+  ) {
     self.cpus = cpus
     self.emulatesRing0 = emulatesRing0
+    self.controllers = controllers
+    self.hasControllerRegisters = hasControllerRegisters
+  }
+
+  /// What the local APICs in the VMM offer, which the leaves then say: with their MSRs x2APIC, and the TSC deadline where
+  /// the accelerator lists it.
+  public func localAPICFeatures(supported: [CPUIDLeaf]) -> LocalAPIC.Features {
+    guard hasControllerRegisters else { return [] }
+    let hasDeadline = supported.contains { $0.function == 1 && $0.ecx & 1 << 24 != 0 }
+    return hasDeadline ? [.x2APIC, .timestampDeadline] : [.x2APIC]
   }
 
   /// The leaves of one vCPU.
@@ -34,9 +52,10 @@ public struct CPUIDPolicy: Sendable {
     switch (leaf.function, leaf.index) {
     case (0x1, _):
       leaf.ebx = leaf.ebx & 0xffff | min(logical, 255) << 16 | (apicID & 0xff) << 24
-      // MONITOR, VMX, SMX, performance capabilities: not offered. x2APIC, TSC deadline, hypervisor: always there.
+      // MONITOR, VMX, SMX, performance capabilities: not offered. x2APIC, hypervisor: there but where its MSRs are not.
       leaf.ecx &= ~(1 << 3 | 1 << 5 | 1 << 6 | 1 << 15)
       leaf.ecx |= 1 << 21 | 1 << 31
+      if controllers == .userSpace, !hasControllerRegisters { leaf.ecx &= ~(1 << 21 | 1 << 24) }
       leaf.edx = cpus > 1 ? leaf.edx | 1 << 28 : leaf.edx & ~(1 << 28)
     case (0x4, _) where leaf.eax & 0x1f != 0:
       // Cores a package in bits 26-31; the last level is shared by all, the others by one thread.
@@ -51,6 +70,10 @@ public struct CPUIDPolicy: Sendable {
     case (0xd, 0):
       // AMX state components 17 and 18 need a permission that nobody asked the host for.
       leaf.eax &= ~(3 << 17)
+    case (0x4000_0001, _) where controllers == .userSpace:
+      // KVM's own features that need its local APIC: asynchronous faults, their interrupt, paravirtual ends, wake-ups,
+      // interprocessor interrupts and yields.
+      leaf.eax &= ~(1 << 4 | 1 << 6 | 1 << 7 | 1 << 11 | 1 << 13 | 1 << 14)
     case (0x8000_0001, _):
       // SVM.
       leaf.ecx &= ~(1 << 2)

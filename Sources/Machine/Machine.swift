@@ -32,18 +32,19 @@ public final class Machine: MachineControl {
 
   private let clock: MachineClock
   private let platform: MachinePlatform
-  private let ports: AddressBus
-  private let memoryBus: AddressBus
-  private let assist: (any InstructionAssist)?
-  private let trace: ExitTrace?
-  private let gate: VCPUGate
+  let ports: AddressBus
+  let memoryBus: AddressBus
+  let assist: (any InstructionAssist)?
+  let trace: ExitTrace?
+  let gate: VCPUGate
+  let interrupts: MachineInterrupts
   private let boot: BootPlan
-  private let pristine: (machine: StateNode, vcpus: [VCPUState])
+  let pristine: (machine: StateNode, vcpus: [VCPUState])
   private let operations = Mutex(Operations())
   private let outcome = Condition<Outcome?>(nil)
   private let bootEntry = Mutex<BootEntry?>(nil)
   private let threads = Mutex<[HostThread]>([])
-  private let threadIDs: Condition<[Int: Int32]> = Condition([:])
+  let threadIDs: Condition<[Int: Int32]> = Condition([:])
   private let listeners = Mutex<[@Sendable (MachineEvent) -> Void]>([])
 
   private struct Operations {
@@ -63,11 +64,13 @@ public final class Machine: MachineControl {
     boot = parts.boot
     assist = parts.assist
     trace = parts.trace
+    interrupts = parts.interrupts
     counters = parts.vcpus.map { _ in ExitCounters() }
     gate = VCPUGate(threads: parts.vcpus.count)
     var states: [VCPUState] = []
     for vcpu in parts.vcpus { states.append(try vcpu.readState()) }
     pristine = (try parts.virtualMachine.save(), states)
+    interrupts.resetActivities()
   }
 
   /// How the run has ended; nil while it has not.
@@ -117,7 +120,7 @@ public final class Machine: MachineControl {
         default: .shutdown
         }
       gate.end()
-      for vcpu in vcpus { vcpu.kick() }
+      for presence in interrupts.presences { presence.kick() }
     }
     let all = threads.withLock { $0 }
     for thread in all.dropFirst() { thread.join() }
@@ -245,7 +248,7 @@ public final class Machine: MachineControl {
   private func quiesce(_ operations: inout Operations) {
     gate.close()
     guard !threads.withLock({ $0.isEmpty }) else { return }
-    for vcpu in vcpus { vcpu.kick() }
+    for presence in interrupts.presences { presence.kick() }
     gate.waitUntilParked()
     clock.stop()
     operations.pausedClock = try? virtualMachine.readClock()
@@ -268,6 +271,8 @@ public final class Machine: MachineControl {
       throw .accelerator(error)
     }
     for device in devices { device.reset() }
+    for local in interrupts.locals { local.reset() }
+    interrupts.resetActivities()
   }
 
   /// Puts the guest into memory and the boot processor at its entry.
@@ -310,84 +315,14 @@ public final class Machine: MachineControl {
     threadIDs.wait { $0[vcpu] }
   }
 
-  private func runVCPU(_ index: Int) {
-    threadIDs.withLock { $0[index] = ThreadIdentity.current.id }
-    let vcpu = vcpus[index]
-    let counters = counters[index]
-    do throws(AcceleratorError) {
-      while true {
-        if gate.isClosed {
-          while let exit = try vcpu.completeExit() { try handle(exit, vcpu) }
-          if !gate.park(index) { return }
-          continue
-        }
-        let exit = try vcpu.run()
-        counters.count(ExitCounters.Reason(exit))
-        trace?.record(exit, vcpu: index)
-        try handle(exit, vcpu)
-      }
-    } catch {
-      finish(.failed(error))
-      // Stay reachable for a pause that waits for every vCPU.
-      while gate.park(index) {}
-    }
-  }
-
-  private func handle(_ exit: VCPUExit, _ vcpu: any VirtualCPU) throws(AcceleratorError) {
-    switch exit {
-    case .portIO(let access): portAccess(access)
-    case .memoryIO(let access):
-      let address = access.address.rawValue
-      let size = Int(access.size)
-      if access.isWrite {
-        memoryBus.write(address, size: size, value: loadInteger(access.data, size: size))
-      } else {
-        storeInteger(memoryBus.read(address, size: size), to: access.data, size: size)
-      }
-    case .interrupted, .interruptWindow: break
-    case .emulationFailure(let bytes):
-      if try assist?.execute(vcpu, bytes: bytes) != true { crash(vcpu, .emulationFailure(bytes)) }
-    case .debug(let event): stop(.debug(vcpu: vcpu.index, event))
-    case .systemEvent(.shutdown): request(.powerOff)
-    case .systemEvent(.reset): request(.reset)
-    case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
-    case .tripleFault: crash(vcpu, .tripleFault)
-    case .memoryFault(let address, _, _): crash(vcpu, .memoryFault(address))
-    case .viewViolation: crash(vcpu, .unexpectedExit("view violation"))
-    case .entryFailure(let reason): crash(vcpu, .entryFailure(reason))
-    case .internalError(let subcode, let data): crash(vcpu, .internalError(subcode: subcode, data: data.0))
-    // KVM's ABI for a hypercall that nobody knows: -KVM_ENOSYS.
-    case .hypercall(_, _, let result): result.pointee = UInt64(bitPattern: -1000)
-    case .halt: crash(vcpu, .unexpectedExit("halt"))
-    case .endOfInterrupt: crash(vcpu, .unexpectedExit("end of interrupt"))
-    case .dirtyRingFull: crash(vcpu, .unexpectedExit("dirty ring full"))
-    case .unknown(let reason): crash(vcpu, .unexpectedExit("number \(reason)"))
-    }
-  }
-
-  @inline(__always)
-  private func portAccess(_ access: PortAccess) {
-    let port = UInt64(access.port)
-    let size = Int(access.size)
-    var data = access.data
-    for _ in 0..<access.count {
-      if access.isWrite {
-        ports.write(port, size: size, value: loadInteger(data, size: size))
-      } else {
-        storeInteger(ports.read(port, size: size), to: data, size: size)
-      }
-      data += size
-    }
-  }
-
-  private func crash(_ vcpu: any VirtualCPU, _ reason: CrashReport.Reason) {
+  func crash(_ vcpu: any VirtualCPU, _ reason: CrashReport.Reason) {
     gate.close()
     let report = CrashReport(reason: reason, vcpu: vcpu, memory: memory)
     if stopsAtCrash.load(ordering: .relaxed) { stop(.crashed(report)) } else { finish(.crashed(report)) }
   }
 
   /// Called by a vCPU thread that must not go on: stops the machine and tells why.
-  private func stop(_ event: MachineEvent) {
+  func stop(_ event: MachineEvent) {
     gate.close()
     loop.execute { [self] in
       operations.withLock { operations in
@@ -403,10 +338,17 @@ public final class Machine: MachineControl {
 
   /// Devices, vCPUs and the accelerator's part; RAM is apart. The machine must be paused.
   public func save() throws(MachineError) -> StateNode {
-    var children = devices.map { $0.save() }
+    var children = devices.map { $0.save() } + interrupts.locals.map { $0.save() }
     do {
       children.append(try virtualMachine.save())
-      for vcpu in vcpus { children.append(try vcpu.readState().node(index: vcpu.index)) }
+      for vcpu in vcpus {
+        var state = try vcpu.readState()
+        if interrupts.model == .userSpace {
+          state.activity = interrupts.presences[vcpu.index].activity
+          state.system.cr8 = UInt64(interrupts.locals[vcpu.index].taskPriority)
+        }
+        children.append(state.node(index: vcpu.index))
+      }
     } catch {
       throw .accelerator(error)
     }
@@ -431,9 +373,18 @@ public final class Machine: MachineControl {
     }
     do {
       try virtualMachine.restore(machineNode)
-      for (vcpu, state) in zip(vcpus, states) { try vcpu.writeState(state) }
+      for (vcpu, state) in zip(vcpus, states) {
+        try vcpu.writeState(state)
+        if interrupts.model == .userSpace { interrupts.presences[vcpu.index].activity = state.activity }
+      }
     } catch {
       throw .accelerator(error)
+    }
+    do throws(StateError) {
+      // After the time-stamp counters that their deadlines count on, and the controllers that drive them.
+      for local in interrupts.locals { try local.restore(node.child(local.name)) }
+    } catch {
+      throw .state(error)
     }
   }
 }
@@ -442,24 +393,4 @@ public final class Machine: MachineControl {
 public protocol InstructionAssist: Sendable {
   /// Executes the instruction at the vCPU's RIP on its state; false where it cannot either, and nothing has changed.
   func execute(_ vcpu: any VirtualCPU, bytes: InstructionBytes) throws(AcceleratorError) -> Bool
-}
-
-@inline(__always)
-private func loadInteger(_ data: UnsafeMutableRawPointer, size: Int) -> UInt64 {
-  switch size {
-  case 1: UInt64(data.load(as: UInt8.self))
-  case 2: UInt64(data.loadUnaligned(as: UInt16.self))
-  case 4: UInt64(data.loadUnaligned(as: UInt32.self))
-  default: data.loadUnaligned(as: UInt64.self)
-  }
-}
-
-@inline(__always)
-private func storeInteger(_ value: UInt64, to data: UnsafeMutableRawPointer, size: Int) {
-  switch size {
-  case 1: data.storeBytes(of: UInt8(truncatingIfNeeded: value), as: UInt8.self)
-  case 2: data.storeBytes(of: UInt16(truncatingIfNeeded: value), as: UInt16.self)
-  case 4: data.storeBytes(of: UInt32(truncatingIfNeeded: value), as: UInt32.self)
-  default: data.storeBytes(of: value, as: UInt64.self)
-  }
 }

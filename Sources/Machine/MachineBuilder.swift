@@ -26,7 +26,9 @@ public struct MachineBuilder {
       }
       return try MemoryMap(size: configuration.memory, bootDisk: disk ?? 0)
     }
-    let description = ACPIConfiguration(cpus: configuration.cpus, pciWindow64: Self.pciWindow64(map))
+    let model = try interruptModel()
+    var description = ACPIConfiguration(cpus: configuration.cpus, pciWindow64: Self.pciWindow64(map))
+    description.hasHPET = model != .inKernel
     let tables = try boot { () throws(BootError) in
       try ACPITables(description, firmware: configuration.firmware)
     }
@@ -52,17 +54,21 @@ public struct MachineBuilder {
     let clock = MachineClock(loop: loop)
     let link = MachineLink()
     let virtualMachine: any VirtualMachine
+    let interrupts: MachineInterrupts
     var vcpus: [any VirtualCPU] = []
     do {
-      virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .inKernel)
+      virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: model)
       try setSlots(virtualMachine)
       let supported = try accelerator.supportedCPUID()
       let policy = CPUIDPolicy(
-        cpus: configuration.cpus, emulatesRing0: !accelerator.capabilities.contains(.nativeRing0))
+        cpus: configuration.cpus, emulatesRing0: !accelerator.capabilities.contains(.nativeRing0),
+        controllers: model, hasControllerRegisters: accelerator.capabilities.contains(.controllerRegisters))
       for index in 0..<configuration.cpus {
         let leaves = policy.leaves(supported: supported, apicID: UInt32(index))
         vcpus.append(try virtualMachine.makeVCPU(index: index, cpuid: leaves))
       }
+      interrupts = try MachineInterrupts(
+        virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: supported), clock: clock)
     } catch {
       throw .accelerator(error)
     }
@@ -70,13 +76,13 @@ public struct MachineBuilder {
     do {
       platform = try MachinePlatform(
         configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link,
-        interrupts: VirtualMachineInterrupts(virtualMachine))
+        interrupts: interrupts)
     } catch {
       throw .device(error)
     }
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
-      boot: BootPlan(request, tables), assist: configuration.assist, trace: configuration.trace)
+      interrupts: interrupts, boot: BootPlan(request, tables), assist: configuration.assist, trace: configuration.trace)
     do {
       let machine = try Machine(parts)
       link.connect(machine)
@@ -84,6 +90,20 @@ public struct MachineBuilder {
     } catch {
       throw .accelerator(error)
     }
+  }
+
+  /// What was asked for, else the accelerator's own controllers where it has them.
+  private func interruptModel() throws(MachineError) -> InterruptControllerModel {
+    let capabilities = accelerator.capabilities
+    let model = configuration.interrupts ?? (capabilities.contains(.inKernelInterrupts) ? .inKernel : .userSpace)
+    let isOffered =
+      switch model {
+      case .inKernel: capabilities.contains(.inKernelInterrupts)
+      case .split: capabilities.contains(.splitInterrupts)
+      case .userSpace: true
+      }
+    guard isOffered else { throw .interruptControllers(asked: model, engine: accelerator.name) }
+    return model
   }
 
   /// 32 GiB for 64-bit BARs, above all RAM.
@@ -125,23 +145,5 @@ final class MachineLink: MachineControl {
 
   func request(_ request: MachineRequest) {
     machine.withLock { $0.machine }?.request(request)
-  }
-}
-
-/// Hands the devices' interrupts to the accelerator's controllers.
-final class VirtualMachineInterrupts: InterruptSink {
-  private let machine: any VirtualMachine
-
-  init(_ machine: any VirtualMachine) {
-    self.machine = machine
-  }
-
-  // The calls fail for interrupts that no controller has an input for, which a guest may ask for: those are lost.
-  func setInterruptLine(_ gsi: UInt32, level: Bool) {
-    try? machine.setInterruptLine(gsi, level: level)
-  }
-
-  func signalMSI(address: UInt64, data: UInt32) {
-    try? machine.signalMSI(address: address, data: data)
   }
 }

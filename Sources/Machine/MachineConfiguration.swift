@@ -1,3 +1,4 @@
+import Accelerator
 import Boot
 import GuestMemory
 import PlatformDevices
@@ -27,6 +28,8 @@ public struct MachineConfiguration: Sendable {
   public var firmware: BootROM?
   /// Where COM1 sends its bytes.
   public var serial: any SerialOutput
+  /// Where the interrupt controllers live; nil for the accelerator's own where it has them, else the VMM's.
+  public var interrupts: InterruptControllerModel?
   /// Where every exit is written down, if anywhere.
   public var trace: ExitTrace?
   /// What executes single instructions that the accelerator cannot, if anything.

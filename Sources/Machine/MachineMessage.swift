@@ -11,6 +11,8 @@ public enum MachineError: Error, CustomStringConvertible {
   case cpus(asked: Int, limit: Int)
   /// The guest's memory is out of bounds.
   case memorySize(asked: UInt64, minimum: UInt64)
+  /// The accelerator has no interrupt controllers there.
+  case interruptControllers(asked: InterruptControllerModel, engine: String)
   case memory(GuestMemoryError)
   case accelerator(AcceleratorError)
   case device(DeviceModelError)
@@ -24,6 +26,9 @@ public enum MachineError: Error, CustomStringConvertible {
     case .cpus(let asked, let limit): "\(asked) vCPUs cannot be had: --cpus takes 1 to \(limit)"
     case .memorySize(let asked, let minimum):
       "\(asked) bytes of guest memory are too few: --memory takes \(minimum >> 20)M or more, in whole pages"
+    case .interruptControllers(let asked, let engine):
+      "engine \(engine) has no \(asked == .split ? "local APICs" : "interrupt controllers") of its own here: "
+        + "use --kernel-irqchip off"
     case .memory(let error): "\(error)"
     case .accelerator(let error): "\(error)"
     case .device(let error): "\(error)"

@@ -10,6 +10,7 @@ struct MachineParts {
   var loop: EventLoop
   var clock: MachineClock
   var platform: MachinePlatform
+  var interrupts: MachineInterrupts
   var boot: BootPlan
   var assist: (any InstructionAssist)?
   var trace: ExitTrace?

@@ -1,3 +1,4 @@
+import Accelerator
 import Boot
 import DeviceModel
 import Glibc
@@ -16,27 +17,42 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: any InterruptSink
+    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts
   ) throws(DeviceModelError) {
+    let sink = interrupts.sink
     // Devices on one interrupt share its line.
     var lines: [UInt32: InterruptLine] = [:]
     func line(_ gsi: UInt32) -> InterruptLine.Source {
-      let line = lines[gsi] ?? InterruptLine(gsi: gsi, sink: interrupts)
+      let line = lines[gsi] ?? InterruptLine(gsi: gsi, sink: sink)
       lines[gsi] = line
       return line.makeSource()
     }
     let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
     self.power = power
-    pci = PCIHost(ports: ports, memory: memoryBus, interrupts: interrupts)
+    pci = PCIHost(ports: ports, memory: memoryBus, interrupts: sink)
     serial = Serial16550(name: "serial0", line: line(4), output: configuration.serial)
     let contents = RealTimeClock.Contents(
       lowMemory: map.lowRAM.size, highMemory: map.highRAM?.size ?? 0, cpus: configuration.cpus)
     try add(serial)
     try add(power)
-    try add(
-      RealTimeClock(line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: Int64(time(nil))) {
-        power.signalAlarm()
-      })
+    for controller in interrupts.devices { try add(controller) }
+    let rtc = RealTimeClock(
+      line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: Int64(time(nil))
+    ) { power.signalAlarm() }
+    try add(rtc)
+    if interrupts.model != .inKernel {
+      let pit = PIT(line: line(PIT.interrupt), clock: clock)
+      try add(pit)
+      // KVM's own controllers come with a PIT that no HPET here could take off its line.
+      try add(
+        HPET(
+          lines: HPET.routes.map { line($0) }, timerLine: line(PIT.interrupt), clockLine: line(RealTimeClock.interrupt),
+          clock: clock, interrupts: sink
+        ) { isLegacy in
+          pit.setConnected(!isLegacy)
+          rtc.setConnected(!isLegacy)
+        })
+    }
     try add(I8042(line: line(1), machine: machine))
     try add(ResetControl(machine: machine))
     try add(DebugExit(machine: machine))
@@ -45,7 +61,7 @@ struct MachinePlatform {
     if kind == .multiboot { try add(TestDevice(lines: TestDevice.interrupts.map { line($0) })) }
     try add(DebugConsole(output: configuration.serial))
     try add(pci)
-    try add(PCIHostBridge(host: pci, interrupts: interrupts), at: PCIHostBridge.address)
+    try add(PCIHostBridge(host: pci, interrupts: sink), at: PCIHostBridge.address)
     try add(
       FirmwareConfiguration(
         memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))

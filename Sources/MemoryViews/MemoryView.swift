@@ -30,6 +30,12 @@ public final class MemoryView: Sendable {
     public var rights: PageRights
     /// The address of the host page that stands in for the guest's own; 0 for the guest's own.
     public var hostPage: UInt
+
+    /// An entry.
+    public init(rights: PageRights, hostPage: UInt) {
+      self.rights = rights
+      self.hostPage = hostPage
+    }
   }
 
   /// Tells views apart; 1 or more, since 0 stands for no view.

@@ -14,6 +14,9 @@ public struct InterruptMessage: Equatable, Sendable {
     self.address = address
     self.data = data
   }
+
+  /// Whether it is level-triggered, so that its end is waited for.
+  public var isLevel: Bool { data & 0x8000 != 0 }
 }
 
 /// Where an IOAPIC's messages go: the local APICs. Called under the IOAPIC's lock, so it must not call back.

@@ -12,6 +12,7 @@ extension Processor {
   @inline(never)
   func find(_ ip: UInt64) throws(Interruption) -> UnsafeMutablePointer<Block> {
     cpu.pointee.rip = ip
+    if isHostBreakpoint(ip) { return slowBlock(ip) }
     let mode = cpu.pointee.code_mode
     if mode != CodeMode.code64.rawValue {
       let limit = UInt64(segments[Int(Register.cs.index)].limit)

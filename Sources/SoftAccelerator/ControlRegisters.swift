@@ -81,7 +81,6 @@ extension Processor {
       guard value <= 15 else { throw .generalProtection }
       cpu.pointee.cr8 = value
       localAPIC?.taskPriority = UInt8(value)
-      lookAround()
     default: throw .invalidOpcode
     }
   }

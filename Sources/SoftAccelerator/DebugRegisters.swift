@@ -67,7 +67,7 @@ extension Processor {
 
   /// Derives what must be watched from DR7 and CR4.DE.
   func updateDebug() {
-    watchesData = false
+    watchesData = !hostDebug.data.isEmpty
     watchesPorts = false
     watchesCode = false
     for number in 0..<4 as Range<UInt64> {
@@ -79,7 +79,6 @@ extension Processor {
       }
     }
     updateContext()
-    if isDebugged { lookAround() }
   }
 
   /// Whether instructions must be executed one by one: for single steps, RF or breakpoints.
@@ -90,6 +89,7 @@ extension Processor {
 
   /// Records the data breakpoints that an access meets.
   func noteDataAccess(_ linear: UInt64, count: Int, isWrite: Bool) {
+    noteForHost(linear, count: count, isWrite: isWrite)
     for number in 0..<4 as Range<UInt64> {
       guard let kind = breakpoint(number), kind == .access || kind == .write && isWrite else { continue }
       note(number, linear, UInt64(count))

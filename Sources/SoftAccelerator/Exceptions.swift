@@ -30,14 +30,19 @@ extension Processor {
 
   /// Delivers a non-maskable interrupt.
   func deliverNMI() -> PendingExit? {
-    if let exit = deliver(Event(vector: 2, returnIP: cpu.pointee.rip), as: nil) { return exit }
+    if let exit = deliver(Event(vector: 2, returnIP: cpu.pointee.rip), as: nil) {
+      isNMIPending = true
+      return exit
+    }
     cpu.pointee.nmi_masked = true
     return nil
   }
 
-  /// Delivers an external interrupt.
+  /// Delivers an external interrupt; one that cannot be delivered yet waits.
   func deliverInterrupt(_ vector: UInt8) -> PendingExit? {
-    deliver(Event(vector: vector, returnIP: cpu.pointee.rip), as: nil)
+    guard let exit = deliver(Event(vector: vector, returnIP: cpu.pointee.rip), as: nil) else { return nil }
+    pendingInterrupt = vector
+    return exit
   }
 
   /// Delivers an exception at the current instruction.
@@ -66,7 +71,6 @@ extension Processor {
       } catch {
         switch error {
         case .exit:
-          // The tables or the stack are in no memory.
           finishDeviceAccesses()
           return noMemory()
         case .exception(let vector):
@@ -92,14 +96,12 @@ extension Processor {
     }
   }
 
-  /// The exit for an event whose handler cannot be reached: where the access went.
+  /// The exit for an event whose handler cannot be reached: the tables or the stack are in no memory, or the view
+  /// forbids an access to them.
   private func noMemory() -> PendingExit {
     defer { pendingExit = .none }
-    return
-      switch pendingExit {
-      case .memory(let physical, _, _, _), .memoryFault(let physical): .memoryFault(physical: physical)
-      default: .tripleFault
-      }
+    if case .memory(let physical, _, _, _) = pendingExit { return .memoryFault(physical: physical) }
+    return pendingExit
   }
 
   /// A software interrupt: INT n, INT3, INTO. It is part of its instruction, and what it raises is that one's fault.
@@ -129,7 +131,6 @@ extension Processor {
     // An event ends the shadow of the instruction before it.
     cpu.pointee.interrupt_shadow = 0
     isHalted = false
-    lookAround()
   }
 
   /// The flags as a handler finds them on its stack.

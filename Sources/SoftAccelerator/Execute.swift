@@ -1,3 +1,4 @@
+import Accelerator
 import CSoftCPU
 import X86
 
@@ -15,6 +16,9 @@ extension Processor {
       try executeX87(i)
     } else if Self.vectorFeatures >> UInt64(i.operation.feature.rawValue) & 1 != 0, try executeVector(i) {
       // Done.
+    } else if hostDebug.software, i.operation.mnemonic == .int3 {
+      pendingExit = .debug(DebugEvent(address: codeAddress(cpu.pointee.rip), status: 0, vector: 3))
+      throw .exit
     } else if try !executeInteger(i) {
       try executeSystem(i)
     }

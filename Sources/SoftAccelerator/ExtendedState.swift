@@ -168,7 +168,7 @@ extension Processor {
   private var requestedComponents: UInt64 { general[2] << 32 | general[0] & 0xffff_ffff }
 
   /// Components that are not in their initial state (XINUSE).
-  private var usedComponents: UInt64 {
+  var usedComponents: UInt64 {
     var used: UInt64 = 0
     let hasX87 =
       cpu.pointee.fpu_control != 0x37f || cpu.pointee.fpu_status != 0 || cpu.pointee.fpu_valid != 0

@@ -23,7 +23,6 @@ extension Processor {
         cpu.pointee.other_flags |= RFLAGS.if.rawValue
         // The next instruction is executed before any interrupt.
         if cpu.pointee.interrupt_shadow == 0 { cpu.pointee.interrupt_shadow = 1 }
-        lookAround()
       }
     case .pushf:
       try checkVirtual8086Privilege()
@@ -68,8 +67,6 @@ extension Processor {
     if !isReturn { new &= ~RFLAGS.rf.rawValue }
     rflags = new
     if (old ^ new) & RFLAGS.ac.rawValue != 0 { updateContext() }
-    // Interrupts, single-step and RF are the run loop's concern.
-    if new & ~old & RFLAGS([.if, .tf, .rf]).rawValue != 0 { lookAround() }
   }
 
   // MARK: IRET
@@ -77,11 +74,11 @@ extension Processor {
   private func interruptReturn(_ size: UInt8) throws(Interruption) {
     if !isProtected {
       try checkVirtual8086Privilege()
-      unmaskNMI()
+      cpu.pointee.nmi_masked = false
       return try interruptReturnReal(size)
     }
     // A fault of IRET leaves NMIs unblocked (SDM vol. 3, 6.7.1).
-    unmaskNMI()
+    cpu.pointee.nmi_masked = false
     if cpu.pointee.other_flags & RFLAGS.nt.rawValue != 0 {
       if isLongMode { throw .generalProtection }
       return try taskReturn()
@@ -112,13 +109,6 @@ extension Processor {
     setFlags(popped: flags, size: size, isReturn: true)
     enterOuter(found, selector, stack, pointer, size)
     nextIP = target
-  }
-
-  private func unmaskNMI() {
-    if cpu.pointee.nmi_masked {
-      cpu.pointee.nmi_masked = false
-      lookAround()
-    }
   }
 
   private func checkedReturn(_ ip: UInt64, _ found: FoundDescriptor) throws(Interruption) -> UInt64 {

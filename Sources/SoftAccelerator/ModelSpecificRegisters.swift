@@ -145,9 +145,7 @@ extension Processor {
   private var isX2APIC: Bool { cpu.pointee.apic_base & 0xc00 == 0xc00 }
 
   private func writeLocalAPIC(_ index: UInt32, _ value: UInt64) -> Bool {
-    guard let localAPIC, localAPIC.writeMSR(index, value: value) else { return false }
-    lookAround()
-    return true
+    localAPIC?.writeMSR(index, value: value) ?? false
   }
 
   /// The mode is changed in the order that the SDM allows (vol. 3, 11.12.5): x2APIC is entered from xAPIC, and left for

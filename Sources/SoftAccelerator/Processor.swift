@@ -74,7 +74,7 @@ final class Processor: @unchecked Sendable {
     set { kicked.store(newValue, ordering: .sequentiallyConsistent) }
   }
   private let kicked = Atomic(false)
-  /// `hlt` was executed and nothing has ended it yet.
+  /// The state says that the CPU waits for an interrupt: it says so when it runs next.
   var isHalted = false
   /// A non-maskable interrupt waits.
   var isNMIPending = false
@@ -82,6 +82,8 @@ final class Processor: @unchecked Sendable {
   var pendingInterrupt: UInt8?
   /// The VMM wants to know when an interrupt could be taken.
   var wantsInterruptWindow = false
+  /// What a debugger on the host wants.
+  var hostDebug = HostDebug()
   /// A repeated string instruction stops after the iteration under way.
   var finishesOnly = false
   /// Whether every instruction is looked at before it is executed.
@@ -124,6 +126,8 @@ enum PendingExit {
   case memoryFault(physical: UInt64)
   /// An access that the active view forbids.
   case viewViolation(ViewViolation)
+  /// The debugger has something to look at.
+  case debug(DebugEvent)
   /// `hlt`.
   case halt
   /// An interrupt can be taken, and the VMM asked to be told.

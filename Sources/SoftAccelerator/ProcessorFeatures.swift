@@ -47,7 +47,6 @@ struct ProcessorFeatures {
       if register >> bit & 1 != 0 { instructions |= 1 << UInt64(feature.rawValue) }
     }
     add(.base, 1, 0)
-    // An older name of the same bit: prefetches are no-ops everywhere.
     for (feature, bit) in Self.basicEDX { add(feature, basic.edx, bit) }
     for (feature, bit) in Self.basicECX { add(feature, basic.ecx, bit) }
     for (feature, bit) in Self.extendedEBX { add(feature, extended.ebx, bit) }
@@ -93,16 +92,13 @@ struct ProcessorFeatures {
     self.efer = efer.rawValue
 
     let components = leaf(0xd)
-    xcr0 = (UInt64(components.edx) << 32 | UInt64(components.eax)) & Self.components | 1
+    xcr0 = (UInt64(components.edx) << 32 | UInt64(components.eax)) & Processor.stateComponents | 1
     hasX2APIC = basic.ecx >> 21 & 1 != 0
     hasDeadlineTimer = basic.ecx >> 24 & 1 != 0
     hasSpeculationControl = extended.edx >> 26 & 1 != 0
     hasArchitecturalCapabilities = extended.edx >> 29 & 1 != 0
     hasProcessorID = amd.edx >> 27 & 1 != 0 || extended.ecx >> 22 & 1 != 0
   }
-
-  /// The state components that there are: x87, SSE and AVX.
-  private static let components: UInt64 = 7
 
   /// A leaf of CPUID; zeros where there is none.
   func leaf(_ function: UInt32, _ index: UInt32) -> CPUIDLeaf { Self.find(leaves, function, index) }
@@ -111,9 +107,6 @@ struct ProcessorFeatures {
     for leaf in leaves where leaf.function == function && (!leaf.hasIndex || leaf.index == index) { return leaf }
     return CPUIDLeaf(function: function, index: index)
   }
-
-  /// The size of the XSAVE area in standard layout for the components in `mask`.
-  func extendedStateSize(_ mask: UInt64) -> UInt32 { mask & 4 != 0 ? 832 : 576 }
 
   // Bits of CPUID (SDM vol. 2A, tables 3-8 to 3-11) that stand for instructions of the opcode table.
   private static let basicEDX: [(Feature, UInt32)] = [

@@ -24,6 +24,19 @@ final class ProcessorGroup: Sendable {
     for member in others(of: caller) { wait(for: member, as: caller) }
   }
 
+  /// Called after writes that no CPU made.
+  func memoryWritten(_ host: UInt, count: UInt) {
+    guard count > 0 else { return }
+    var page = host & ~0xfff
+    while page <= host &+ (count - 1) {
+      if let owners = code.owners(page) {
+        let bits = soft_load(owners)
+        if bits != 0 { codeChanged(page, owners: bits, by: nil) }
+      }
+      page &+= 0x1000
+    }
+  }
+
   /// Tells the CPUs in `owners` that bytes of a page have changed; they notice before their next block.
   func codeChanged(_ page: UInt, owners: UInt64, by caller: Processor?) {
     for member in others(of: caller) where owners & member.codeBit != 0 {

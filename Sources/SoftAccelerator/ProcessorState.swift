@@ -44,9 +44,10 @@ extension Processor {
 
   /// What RESET puts in place and INIT does not.
   private func resetBeyondINIT() {
-    cpu.pointee.fpu_control = 0x40
+    // As FNINIT leaves it, where a processor's own reset state has every exception unmasked: KVM starts so, too.
+    cpu.pointee.fpu_control = 0x37f
     cpu.pointee.fpu_status = 0
-    cpu.pointee.fpu_valid = 0xff
+    cpu.pointee.fpu_valid = 0
     (cpu.pointee.fpu_opcode, cpu.pointee.fpu_code_segment, cpu.pointee.fpu_data_segment) = (0, 0, 0)
     (cpu.pointee.fpu_instruction, cpu.pointee.fpu_data) = (0, 0)
     for index in 0..<8 { soft_st(cpu, index).initializeMemory(as: UInt8.self, repeating: 0, count: 16) }
@@ -83,7 +84,6 @@ extension Processor {
       cpu.pointee.rip = newValue.rip
       rflags = newValue.rflags
       updateMode()
-      lookAround()
     }
   }
 
@@ -139,7 +139,6 @@ extension Processor {
       selectSpace(keep: false)
       updateMode()
       updateDebug()
-      lookAround()
     }
   }
 
@@ -194,10 +193,17 @@ extension Processor {
     return state
   }
 
-  /// Replaces everything the CPU is. Model-specific registers that this CPU lacks mean nothing to it and are dropped.
+  /// Replaces everything the CPU is. A state that no CPU of this kind can be in is refused, before anything changes.
   func setState(_ state: VCPUState) throws(AcceleratorError) {
     guard state.debug.addresses.count == 4 else {
       throw invalid("the number of breakpoint addresses", UInt64(state.debug.addresses.count))
+    }
+    // Bits that no control register has (SDM vol. 3, 2.5).
+    guard state.system.cr0 & ~0xe005_003f == 0 else { throw invalid("CR0", state.system.cr0) }
+    for register in state.modelSpecific where register.value != 0 {
+      guard Self.isLocalAPIC(register.index) || readMSR(register.index) != nil else {
+        throw .modelSpecificRegister(index: register.index, write: true)
+      }
     }
     if !state.extended.isEmpty { try setExtendedState(state.extended) }
     cpu.pointee.xcr0 = state.xcr0 & features.xcr0 | 1
@@ -218,6 +224,11 @@ extension Processor {
     updateDebug()
     isHalted = state.activity == .halted
     setEvents(state.events)
+  }
+
+  /// Registers of the local APIC, which is the VMM's.
+  private static func isLocalAPIC(_ index: UInt32) -> Bool {
+    index == MSR.apicBase || index == MSR.tscDeadline || (MSR.x2APICFirst...MSR.x2APICLast).contains(index)
   }
 
   private func setEvents(_ events: PendingEvents) {
@@ -245,60 +256,68 @@ extension Processor {
 
   // MARK: XSAVE layout (SDM vol. 1, 13.4)
 
+  /// With room for AVX's part, whether the CPU has it or not.
+  private var extendedStateSize: Int { max(832, Self.stateSize(features.xcr0, isCompact: false)) }
+
   private var extendedState: [UInt8] {
-    let size = Int(features.extendedStateSize(features.xcr0))
+    let size = extendedStateSize
     var area = [UInt8](repeating: 0, count: size)
     area.withUnsafeMutableBytes { area in
-      area.storeBytes(of: cpu.pointee.fpu_control, toByteOffset: 0, as: UInt16.self)
-      area.storeBytes(of: cpu.pointee.fpu_status, toByteOffset: 2, as: UInt16.self)
-      area.storeBytes(of: cpu.pointee.fpu_valid, toByteOffset: 4, as: UInt8.self)
+      let base = area.baseAddress.unsafelyUnwrapped
+      storeX87(to: base)
       area.storeBytes(of: cpu.pointee.fpu_opcode, toByteOffset: 6, as: UInt16.self)
       area.storeBytes(of: cpu.pointee.fpu_instruction, toByteOffset: 8, as: UInt64.self)
       area.storeBytes(of: cpu.pointee.fpu_data, toByteOffset: 16, as: UInt64.self)
       area.storeBytes(of: cpu.pointee.mxcsr, toByteOffset: 24, as: UInt32.self)
       area.storeBytes(of: 0xffff, toByteOffset: 28, as: UInt32.self)
-      let base = area.baseAddress.unsafelyUnwrapped
-      for index in 0..<8 { (base + 32 + index * 16).copyMemory(from: stackRegister(index), byteCount: 10) }
       for index in 0..<16 {
         (base + 160 + index * 16).copyMemory(from: soft_vector(cpu, index), byteCount: 16)
-        if size >= 832 { (base + 576 + index * 16).copyMemory(from: soft_vector(cpu, index) + 16, byteCount: 16) }
+        if size >= Self.pkruOffset {
+          (base + Self.avxOffset + index * 16).copyMemory(from: soft_vector(cpu, index) + 16, byteCount: 16)
+        }
+      }
+      if size >= Self.pkruOffset + 8 {
+        area.storeBytes(of: cpu.pointee.pkru, toByteOffset: Self.pkruOffset, as: UInt32.self)
       }
       area.storeBytes(of: features.xcr0, toByteOffset: 512, as: UInt64.self)
     }
     return area
   }
 
-  /// ST(index), by the top of the stack.
-  private func stackRegister(_ index: Int) -> UnsafeMutableRawPointer {
-    soft_st(cpu, Int(cpu.pointee.fpu_status >> 11 & 7) + index)
-  }
-
   private func setExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
-    guard bytes.count >= 576 else { throw invalid("the size of its extended state", UInt64(bytes.count)) }
+    guard bytes.count == extendedStateSize else {
+      throw invalid("the size of its extended state", UInt64(bytes.count))
+    }
+    // The header's 48 bytes after XSTATE_BV and XCOMP_BV are reserved, and the format is the standard one.
+    let reserved = bytes[520..<576].firstIndex { $0 != 0 }
+    if let reserved { throw invalid("byte \(reserved) of its extended state", UInt64(bytes[reserved])) }
     bytes.withUnsafeBytes { area in
       let present = area.loadUnaligned(fromByteOffset: 512, as: UInt64.self)
       let base = area.baseAddress.unsafelyUnwrapped
-      let hasX87 = present & 1 != 0
-      cpu.pointee.fpu_control = hasX87 ? area.loadUnaligned(fromByteOffset: 0, as: UInt16.self) : 0x37f
-      cpu.pointee.fpu_status = hasX87 ? area.loadUnaligned(fromByteOffset: 2, as: UInt16.self) : 0
-      cpu.pointee.fpu_valid = hasX87 ? area[4] : 0
-      cpu.pointee.fpu_opcode = hasX87 ? area.loadUnaligned(fromByteOffset: 6, as: UInt16.self) : 0
-      cpu.pointee.fpu_instruction = hasX87 ? area.loadUnaligned(fromByteOffset: 8, as: UInt64.self) : 0
-      cpu.pointee.fpu_data = hasX87 ? area.loadUnaligned(fromByteOffset: 16, as: UInt64.self) : 0
-      for index in 0..<8 {
-        stackRegister(index).initializeMemory(as: UInt8.self, repeating: 0, count: 16)
-        if hasX87 { stackRegister(index).copyMemory(from: base + 32 + index * 16, byteCount: 10) }
+      for index in 0..<8 { soft_st(cpu, index).initializeMemory(as: UInt8.self, repeating: 0, count: 16) }
+      if present & 1 != 0 {
+        loadX87(from: base)
+        cpu.pointee.fpu_opcode = area.loadUnaligned(fromByteOffset: 6, as: UInt16.self) & 0x7ff
+        cpu.pointee.fpu_instruction = area.loadUnaligned(fromByteOffset: 8, as: UInt64.self)
+        cpu.pointee.fpu_data = area.loadUnaligned(fromByteOffset: 16, as: UInt64.self)
+      } else {
+        (cpu.pointee.fpu_control, cpu.pointee.fpu_status, cpu.pointee.fpu_valid) = (0x37f, 0, 0)
+        (cpu.pointee.fpu_opcode, cpu.pointee.fpu_instruction, cpu.pointee.fpu_data) = (0, 0, 0)
       }
+      (cpu.pointee.fpu_code_segment, cpu.pointee.fpu_data_segment) = (0, 0)
+      updateX87Summary()
       let hasVectors = present & 6 != 0
       cpu.pointee.mxcsr = hasVectors ? area.loadUnaligned(fromByteOffset: 24, as: UInt32.self) & 0xffff : 0x1f80
       for index in 0..<16 {
         let register = soft_vector(cpu, index)
         register.initializeMemory(as: UInt8.self, repeating: 0, count: 32)
         if present & 2 != 0 { register.copyMemory(from: base + 160 + index * 16, byteCount: 16) }
-        if present & 4 != 0, bytes.count >= 832 {
-          (register + 16).copyMemory(from: base + 576 + index * 16, byteCount: 16)
+        if present & 4 != 0, bytes.count >= Self.pkruOffset {
+          (register + 16).copyMemory(from: base + Self.avxOffset + index * 16, byteCount: 16)
         }
       }
+      let hasPKRU = present & 1 << 9 != 0 && bytes.count >= Self.pkruOffset + 8
+      cpu.pointee.pkru = hasPKRU ? area.loadUnaligned(fromByteOffset: Self.pkruOffset, as: UInt32.self) : 0
     }
   }
 

@@ -13,21 +13,25 @@ extension Processor {
         soft_set_attention(cpu, 0)
         answerRequests()
         // An instruction that waits for the rest of its device accesses comes first: its state is not whole.
-        if isKicked, replay.values.isEmpty {
-          isKicked = false
-          return .none
+        if isKicked {
+          if replay.values.isEmpty {
+            isKicked = false
+            return .none
+          }
+          soft_set_attention(cpu, .min)
         }
       }
       if replay.values.isEmpty, let exit = takeEvents() { return exit }
       do throws(Interruption) {
         if stepsSingly { try step() } else { try runBlocks() }
+        if let exit = hostStop() { return exit }
       } catch .exit {
         let exit = pendingExit
         pendingExit = .none
         return exit
       } catch {
         finishDeviceAccesses()
-        if let exit = deliver(error) { return exit }
+        if let exit = deliver(error) ?? hostStop() { return exit }
       }
     }
   }
@@ -53,6 +57,7 @@ extension Processor {
   /// Executes one instruction, decoded afresh.
   func step() throws(Interruption) {
     replay.position = 0
+    if hostDebug.isActive, replay.values.isEmpty { try checkHostBreakpoints() }
     if isDebugged { return try stepDebugged() }
     let instruction = try fetch()
     let shadow = cpu.pointee.interrupt_shadow
@@ -91,7 +96,7 @@ extension Processor {
 
   /// Whether instructions must be taken one by one: a shadow to be lifted, or a device access to be repeated.
   private var stepsSingly: Bool {
-    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged
+    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged || hostDebug.singleStep
   }
 
   /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).
@@ -105,7 +110,8 @@ extension Processor {
       isHalted = false
       if let exit = deliverNMI() { return exit }
     }
-    if cpu.pointee.other_flags & RFLAGS.if.rawValue != 0 {
+    // A debugger that steps through a program does not want to be led into its interrupt handlers.
+    if cpu.pointee.other_flags & RFLAGS.if.rawValue != 0, !hostDebug.singleStep {
       if let vector = pendingInterrupt {
         pendingInterrupt = nil
         isHalted = false
@@ -117,6 +123,8 @@ extension Processor {
         return .interruptWindow
       }
     }
-    return isHalted ? .halt : nil
+    guard isHalted else { return nil }
+    isHalted = false
+    return .halt
   }
 }

@@ -60,10 +60,7 @@ extension Processor {
 
   /// The instruction after a load of SS is executed before any interrupt or debug trap (SDM vol. 3, 6.8.3).
   private func castStackShadow() {
-    if cpu.pointee.interrupt_shadow == 0 {
-      cpu.pointee.interrupt_shadow = 2
-      lookAround()
-    }
+    if cpu.pointee.interrupt_shadow == 0 { cpu.pointee.interrupt_shadow = 2 }
   }
 
   private func pushSegment(_ i: Instruction) throws(Interruption) {

@@ -85,9 +85,6 @@ extension Processor {
     updateMode(privilege: isReal ? 0 : isVirtual8086 ? 3 : segments[SegmentIndex.ss].dpl)
   }
 
-  /// Makes the run loop look for events after this instruction: what it did may let one in.
-  func lookAround() { soft_set_attention(cpu, .min) }
-
   /// A linear address of a system structure: outside long mode they wrap at 4 GiB.
   @inline(__always)
   func systemAddress(_ linear: UInt64) -> UInt64 { isLongMode ? linear : linear & 0xffff_ffff }

@@ -6,9 +6,6 @@ import CSoftCPU
 /// Vendor and model are those of an in-order Intel Atom, which this CPU resembles in what matters to kernels: it does not
 /// speculate, so they need no mitigations; and they take its TSC's frequency from leaf 0x15 without calibrating.
 enum SoftCPUID {
-  /// Whether AVX, AVX2, FMA and F16C are shown: where the host, whose units execute them, has all of them.
-  static let showsAVX = [SOFT_HOST_AVX, SOFT_HOST_AVX2, SOFT_HOST_FMA, SOFT_HOST_F16C].allSatisfy { host($0, 0) != 0 }
-
   /// IA32_ARCH_CAPABILITIES, where it is shown: nothing leaks (RDCL_NO, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, TAA_NO).
   static let architecturalCapabilities: UInt64 = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8
 
@@ -18,14 +15,17 @@ enum SoftCPUID {
     let signature = words("SwiftVMMSoft")
     let brand = words("swiftvmm software CPU".padding(to: 48))
     let kilohertz = TimeSource.kilohertz
+    // AVX, F16C, FMA and AVX2 are shown together, as processors have them.
+    let showsAVX = [SOFT_HOST_AVX, SOFT_HOST_AVX2, SOFT_HOST_FMA, SOFT_HOST_F16C].allSatisfy { host($0, 0) != 0 }
     let avx: UInt32 = showsAVX ? 1 : 0
     return [
       CPUIDLeaf(function: 0, eax: 0x16, ebx: vendor[0], ecx: vendor[2], edx: vendor[1]),
       // Family 6, model 0x36, stepping 1; CLFLUSH of 64 bytes.
       CPUIDLeaf(
         function: 1, eax: 0x0003_0661, ebx: 8 << 8,
-        ecx: bits(0, 9, 13, 17, 19, 20, 21, 22, 23, 24, 26, 30, 31) | avx * bits(12, 28, 29)
-          | host(SOFT_HOST_PCLMULQDQ, 1) | host(SOFT_HOST_AES, 25),
+        ecx: bits(13, 17, 21, 22, 23, 24, 26, 30, 31) | avx * bits(12, 28, 29) | host(SOFT_HOST_SSE3, 0)
+          | host(SOFT_HOST_PCLMULQDQ, 1) | host(SOFT_HOST_SSSE3, 9) | host(SOFT_HOST_SSE41, 19)
+          | host(SOFT_HOST_SSE42, 20) | host(SOFT_HOST_AES, 25),
         edx: bits(0, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26)),
       // Caches are in leaf 4; no prefetch of its own.
       CPUIDLeaf(function: 2, eax: 0x01, edx: 0xff),
@@ -37,16 +37,18 @@ enum SoftCPUID {
       // The local APIC's timer always runs.
       CPUIDLeaf(function: 6, eax: bits(2)),
       // FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, no FCS and FDS, RDSEED, ADX, SMAP, CLFLUSHOPT; UMIP,
-      // LA57, RDPID; fast short REP MOV; SHA.
+      // PKU, LA57, RDPID; fast short REP MOV.
       CPUIDLeaf(
         function: 7, index: 0, hasIndex: true,
         ebx: bits(0, 1, 3, 7, 8, 9, 10, 13, 18, 19, 20, 23) | avx * bits(5) | host(SOFT_HOST_SHA, 29),
-        ecx: bits(2, 16, 22), edx: bits(4)),
+        ecx: bits(2, 3, 16, 22), edx: bits(4)),
       CPUIDLeaf(function: 0xb, index: 0, hasIndex: true, ebx: 1, ecx: 0x100),
       CPUIDLeaf(
-        function: 0xd, index: 0, hasIndex: true, eax: 3 | avx * 4, ebx: 576, ecx: showsAVX ? 832 : 576),
-      CPUIDLeaf(function: 0xd, index: 1, hasIndex: true, eax: bits(0)),
+        function: 0xd, index: 0, hasIndex: true, eax: bits(0, 1, 9) | avx * bits(2), ebx: 576, ecx: 840),
+      // XSAVEOPT, XSAVEC, XGETBV of what is in use, XSAVES.
+      CPUIDLeaf(function: 0xd, index: 1, hasIndex: true, eax: bits(0, 1, 2, 3)),
       CPUIDLeaf(function: 0xd, index: 2, hasIndex: true, eax: avx * 256, ebx: avx * 576),
+      CPUIDLeaf(function: 0xd, index: 9, hasIndex: true, eax: 8, ebx: 832),
       // The TSC counts nanoseconds: 1 / 1 of a crystal of 1 GHz.
       CPUIDLeaf(function: 0x15, eax: 1, ebx: 1, ecx: kilohertz * 1000),
       CPUIDLeaf(function: 0x16, eax: kilohertz / 1000, ebx: kilohertz / 1000, ecx: kilohertz / 1000),
@@ -67,8 +69,8 @@ enum SoftCPUID {
     ]
   }()
 
-  /// A bit of CPUID where the host has a set of instructions.
-  private static func host(_ unit: some BinaryInteger, _ bit: UInt32) -> UInt32 {
+  /// A bit for an instruction set that the host's units have.
+  private static func host(_ unit: Int, _ bit: UInt32) -> UInt32 {
     (soft_host_units() >> UInt32(unit) & 1) << bit
   }
 

@@ -83,9 +83,8 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
       return .portIO(PortAccess(port: port, size: size, isWrite: isWrite, count: 1, data: data))
     case .memoryFault(let physical): return .memoryFault(GuestPhysicalAddress(physical), size: 1, flags: 0)
     case .viewViolation(let violation): return .viewViolation(violation)
-    case .halt:
-      processor.isHalted = true
-      return .halt
+    case .debug(let event): return .debug(event)
+    case .halt: return .halt
     case .interruptWindow: return .interruptWindow
     case .tripleFault: return .tripleFault
     }
@@ -107,6 +106,8 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Replaces general registers, RIP and RFLAGS.
   public func writeRegisters(_ registers: GeneralRegisters) throws(AcceleratorError) {
+    // Whoever sends the CPU elsewhere gives up the instruction under way.
+    if registers.rip != processor.cpu.pointee.rip { dropAccess() }
     processor.generalRegisters = registers
   }
 
@@ -121,6 +122,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// An access of the state that is being replaced will not be finished.
   private func dropAccess() {
     awaitsAccess = false
+    processor.isHalted = false
     processor.finishDeviceAccesses()
   }
 
@@ -171,5 +173,6 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
         throw .breakpointLength(address: breakpoint.address, length: breakpoint.length)
       }
     }
+    processor.setHostDebug(control)
   }
 }

@@ -17,6 +17,8 @@ public final class SoftVirtualMachine: VirtualMachine {
   private let doorbells = Mutex<[(doorbell: Doorbell, descriptor: Int32)]>([])
   /// Whether there are doorbells: asked at every device write.
   private let hasDoorbells = Atomic(false)
+  /// What `readClock` is ahead of the host's clock.
+  private let clockOffset = Atomic<UInt64>(0)
 
   private struct Slot {
     var slot: MemorySlot
@@ -26,9 +28,14 @@ public final class SoftVirtualMachine: VirtualMachine {
 
   init(memory: GuestMemory) {
     self.memory = memory
+    // What devices, loaders and debuggers write may be code that a CPU has decoded.
+    memory.setWriteObserver { [group] pointer, count in
+      group.memoryWritten(UInt(bitPattern: pointer), count: UInt(count))
+    }
   }
 
   deinit {
+    memory.setWriteObserver(nil)
     slots.withLock { for (_, slot) in $0 { slot.dirty?.deallocate() } }
   }
 
@@ -105,7 +112,9 @@ public final class SoftVirtualMachine: VirtualMachine {
   }
 
   /// There are no rings.
-  public func collectDirtyRings() -> [(slot: UInt32, page: UInt64)] { [] }
+  public func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)] {
+    throw .unsupported(engine: "soft", what: "dirty rings")
+  }
 
   // MARK: vCPUs
 
@@ -180,17 +189,26 @@ public final class SoftVirtualMachine: VirtualMachine {
 
   // MARK: Clock and state
 
-  /// There is no paravirtual clock.
-  public func readClock() throws(AcceleratorError) -> UInt64 { 0 }
-  /// There is no paravirtual clock.
-  public func writeClock(_ nanoseconds: UInt64) throws(AcceleratorError) {}
+  /// Nanoseconds of a clock that runs with the host's: no guest sees it, but it moves with the machine.
+  public func readClock() throws(AcceleratorError) -> UInt64 { Self.now() &+ clockOffset.load(ordering: .relaxed) }
+  /// Sets what `readClock` returns.
+  public func writeClock(_ nanoseconds: UInt64) throws(AcceleratorError) {
+    clockOffset.store(nanoseconds &- Self.now(), ordering: .relaxed)
+  }
 
-  /// An empty node: vCPUs and the VMM's controllers are apart.
-  public func save() throws(AcceleratorError) -> StateNode { StateNode("soft", version: 1) { _ in } }
-  /// Nothing to put in place.
+  private static func now() -> UInt64 { TimeSource.monotonic.read(nil) }
+
+  /// The clock: vCPUs and the VMM's interrupt controllers are apart.
+  public func save() throws(AcceleratorError) -> StateNode {
+    let clock = try readClock()
+    return StateNode("soft", version: 1) { $0.write(clock) }
+  }
+
+  /// Puts a saved clock in place.
   public func restore(_ node: StateNode) throws(AcceleratorError) {
     do throws(StateError) {
-      try node.read("soft", versions: 1...1) { _, _ throws(StateError) in }
+      let clock = try node.read("soft", versions: 1...1) { reader, _ throws(StateError) in try reader.read(UInt64.self) }
+      clockOffset.store(clock &- Self.now(), ordering: .relaxed)
     } catch {
       throw .state(error)
     }

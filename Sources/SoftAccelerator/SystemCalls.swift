@@ -43,14 +43,12 @@ extension Processor {
     guard cpu.pointee.efer & EFER.sce.rawValue != 0, is64Bit else { throw .invalidOpcode }
     if is64, !isCanonical(general[1]) { throw .generalProtection }
     let selector = UInt16(truncatingIfNeeded: cpu.pointee.star >> 48)
-    let old = cpu.pointee.other_flags
     rflags = general[11] & 0x3c_7fd7
     segments[SegmentIndex.cs] = soft_segment(
       flat: (is64 ? selector &+ 16 : selector) | 3, attributes: (is64 ? Self.code64 : Self.code32) | Self.user)
     segments[SegmentIndex.ss] = soft_segment(flat: (selector &+ 8) | 3, attributes: Self.data | Self.user)
     nextIP = is64 ? general[1] : general[1] & 0xffff_ffff
     updateMode(privilege: 3)
-    if cpu.pointee.other_flags & ~old & RFLAGS([.if, .tf, .rf]).rawValue != 0 { lookAround() }
   }
 
   private func systemEnter() throws(Interruption) {

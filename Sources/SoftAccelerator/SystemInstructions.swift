@@ -17,7 +17,6 @@ extension Processor {
     case .hlt:
       // The run loop finds it halted before the next instruction, and reports that unless an event is due.
       isHalted = true
-      lookAround()
     case .cpuid: identify()
     case .rdmsr:
       guard let value = readMSR(UInt32(truncatingIfNeeded: general[1])) else { throw .generalProtection }
@@ -59,9 +58,14 @@ extension Processor {
 
   private func readExtendedControl() throws(Interruption) {
     guard cpu.pointee.cr4 & CR4.osxsave.rawValue != 0 else { throw .invalidOpcode }
-    guard general[1] & 0xffff_ffff == 0 else { throw .generalProtection }
-    general[0] = cpu.pointee.xcr0 & 0xffff_ffff
-    general[2] = cpu.pointee.xcr0 >> 32
+    var value = cpu.pointee.xcr0
+    switch general[1] & 0xffff_ffff {
+    case 0: break
+    case 1 where features.leaf(0xd, 1).eax & 4 != 0: value &= usedComponents
+    default: throw .generalProtection
+    }
+    general[0] = value & 0xffff_ffff
+    general[2] = value >> 32
   }
 
   private func writeExtendedControl() throws(Interruption) {
@@ -89,7 +93,9 @@ extension Processor {
       leaf.ecx = leaf.ecx & ~(1 << 4) | (cpu.pointee.cr4 & CR4.pke.rawValue != 0 ? 1 << 4 : 0)
     case 0xb:
       leaf.ecx = leaf.ecx & ~0xff | index & 0xff
-    case 0xd where index == 0: leaf.ebx = features.extendedStateSize(cpu.pointee.xcr0)
+    case 0xd where index == 0: leaf.ebx = UInt32(Self.stateSize(cpu.pointee.xcr0, isCompact: false))
+    case 0xd where index == 1 && features.has(.xsavec):
+      leaf.ebx = UInt32(Self.stateSize(cpu.pointee.xcr0 | cpu.pointee.xss, isCompact: true))
     case 0x8000_0001:
       // SYSCALL is there in 64-bit mode alone.
       if !is64Bit { leaf.edx &= ~(1 << 11) }

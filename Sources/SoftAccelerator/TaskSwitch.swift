@@ -65,7 +65,6 @@ extension Processor {
     try loadTaskSegments(task, external: external)
     if task.trap & 1 != 0, is32 { pendingDebug |= DR6.bt.rawValue }
     updateDebug()
-    lookAround()
   }
 
   /// The registers of a task, as far as both kinds of TSS have them.

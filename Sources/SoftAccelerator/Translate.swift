@@ -21,6 +21,7 @@ extension Processor {
       let bytes = UnsafeRawBufferPointer(start: scratch + position, count: min(count - position, 15))
       guard let instruction = try? Instruction(decoding: bytes, mode: mode) else { break }
       let here = ip &+ UInt64(position)
+      if number > 0, isHostBreakpoint(here) { break }
       var operation = translate(instruction, at: here)
       operation?.distance = UInt16(position)
       operation?.number = UInt8(number)

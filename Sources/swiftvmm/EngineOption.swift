@@ -2,6 +2,7 @@ import Accelerator
 import ArgumentParser
 import Host
 import KVMAccelerator
+import SoftAccelerator
 
 /// `--engine`, and what `auto` means on this host.
 struct EngineOption: ParsableArguments {
@@ -17,7 +18,7 @@ struct EngineOption: ParsableArguments {
     do {
       switch engine {
       case .kvm: return try KVMAccelerator()
-      case .soft: throw Failure.engineMissing("soft", reason: "this version has no software CPU yet; use --engine kvm")
+      case .soft: return SoftAccelerator()
       case .auto:
         let kvm = try KVMAccelerator()
         if !kvm.capabilities.contains(.nativeRing0) {

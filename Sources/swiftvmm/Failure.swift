@@ -46,6 +46,7 @@ enum Failure: Error {
   private static func status(_ error: MachineError) -> ExitStatus {
     switch error {
     case .cpus, .memorySize: .usage
+    case .interruptControllers: .unavailable
     case .boot, .state: .badInput
     case .accelerator(let error): status(error)
     case .host: .inputOutput

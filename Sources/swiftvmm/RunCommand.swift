@@ -6,6 +6,19 @@ import GuestMemory
 import Host
 import Machine
 
+/// QEMU's words for where the interrupt controllers live.
+enum KernelIRQChip: String, ExpressibleByArgument, CaseIterable {
+  case on, split, off
+
+  var model: InterruptControllerModel {
+    switch self {
+    case .on: .inKernel
+    case .split: .split
+    case .off: .userSpace
+    }
+  }
+}
+
 struct RunCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "run",
@@ -27,6 +40,11 @@ struct RunCommand: ParsableCommand {
 
   @Option(help: "Number of vCPUs.")
   var cpus = 1
+
+  @Option(
+    name: .customLong("kernel-irqchip"),
+    help: "Interrupt controllers: on (the engine's), split (its local APICs), off (swiftvmm's); what the engine has.")
+  var kernelIRQChip: KernelIRQChip?
 
   @Option(help: "Kernel command line.")
   var append = ""

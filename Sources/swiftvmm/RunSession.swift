@@ -30,6 +30,7 @@ struct RunSession {
     configuration.memory = memory
     configuration.cpus = options.cpus
     configuration.image = image
+    configuration.interrupts = options.kernelIRQChip?.model
     configuration.commandLine = options.append
     configuration.trace = trace
     configuration.loadAddress = try options.loadAddress.map { text throws(Failure) in

@@ -54,25 +54,29 @@ struct SmallMachine {
   let machine: Machine
   let recorder = Recorder()
 
-  init(_ code: [UInt8], cpus: Int = 1) throws {
+  init(_ code: [UInt8], cpus: Int = 1, controllers: InterruptControllerModel = .inKernel) throws {
     let range = try #require(GuestRange(start: GuestPhysicalAddress(0), size: 1 << 20))
     let memory = try GuestMemory([range])
     let accelerator = try KVMAccelerator()
-    let virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .inKernel)
+    let virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: controllers)
     try virtualMachine.setMemorySlot(MemorySlot(number: 0, range: range, hostBase: memory.regions[0].hostBase))
     let supported = try accelerator.supportedCPUID()
-    let policy = CPUIDPolicy(cpus: cpus)
+    let policy = CPUIDPolicy(
+      cpus: cpus, controllers: controllers,
+      hasControllerRegisters: accelerator.capabilities.contains(.controllerRegisters))
     let vcpus = try (0..<cpus).map { index in
       try virtualMachine.makeVCPU(index: index, cpuid: policy.leaves(supported: supported, apicID: UInt32(index)))
     }
     let loop = try EventLoop()
     let clock = MachineClock(loop: loop)
     let link = MachineLink()
+    let interrupts = try MachineInterrupts(
+      virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: supported), clock: clock)
     var configuration = MachineConfiguration(serial: Silence())
     configuration.cpus = cpus
     var platform = try MachinePlatform(
       configuration, kind: nil, memory: memory, map: MemoryMap(size: range.size), clock: clock, machine: link,
-      interrupts: VirtualMachineInterrupts(virtualMachine))
+      interrupts: interrupts)
     try platform.add(recorder, port: 0x80, size: 1)
     let load: @Sendable (GuestMemory) throws(MachineError) -> BootEntry = { memory throws(MachineError) in
       do throws(GuestMemoryError) {
@@ -92,7 +96,7 @@ struct SmallMachine {
     machine = try Machine(
       MachineParts(
         memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
-        boot: BootPlan(load: load, wake: load)))
+        interrupts: interrupts, boot: BootPlan(load: load, wake: load)))
     link.connect(machine)
   }
 }

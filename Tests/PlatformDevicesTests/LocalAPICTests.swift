@@ -274,7 +274,7 @@ struct LocalAPICFixture {
     #expect(local.acknowledgeInterrupt() == nil && !local.hasInterrupt)
   }
 
-  @Test func LINT0WithAFixedVector() {
+  @Test func localPinWithAFixedVector() {
     initializePIC()
     fixture.enable()
     local.write(register: 0x350, value: 0x61)

@@ -11,6 +11,7 @@
 // ioctl numbers: _IO macros do not import.
 static const unsigned long CLINUX_KVM_GET_API_VERSION = KVM_GET_API_VERSION;
 static const unsigned long CLINUX_KVM_CREATE_VM = KVM_CREATE_VM;
+static const unsigned long CLINUX_KVM_X86_SET_MSR_FILTER = KVM_X86_SET_MSR_FILTER;
 static const unsigned long CLINUX_KVM_GET_MSR_INDEX_LIST = KVM_GET_MSR_INDEX_LIST;
 static const unsigned long CLINUX_KVM_GET_MSR_FEATURE_INDEX_LIST = KVM_GET_MSR_FEATURE_INDEX_LIST;
 static const unsigned long CLINUX_KVM_CHECK_EXTENSION = KVM_CHECK_EXTENSION;

@@ -70,10 +70,9 @@ public final class LocalAPICBus: IOAPICOutput, InterruptRequestPin, @unchecked S
     // The redirection hint asks for the least busy one, as does the delivery mode.
     let isRedirected = message.address & 8 != 0 && mode == .fixed
     // A level is asserted or nothing: there is no message that takes one back.
-    let isLevel = message.data & 0x8000 != 0
-    guard !isLevel || message.data & 0x4000 != 0 else { return }
+    guard !message.isLevel || message.data & 0x4000 != 0 else { return }
     send(
-      isRedirected ? .lowestPriority : mode, vector: UInt8(truncatingIfNeeded: message.data), isLevel: isLevel,
+      isRedirected ? .lowestPriority : mode, vector: UInt8(truncatingIfNeeded: message.data), isLevel: message.isLevel,
       to: isLogical ? .logical(id) : .physical(id), isWide: false, from: nil)
   }
 
