@@ -5,6 +5,7 @@ import X86
 /// the host's own: it executes the instruction on the whole x87 state. Results of transcendental functions therefore are
 /// the host's, to the last bit. The words, the pointers and the images in memory are here.
 ///
+/// Selectors are not kept beside the pointers, as CPUID says (leaf 7, FCS and FDS deprecated).
 /// A pending error is always #MF: CR0.NE=0 reports it so too, as under KVM; there is no FERR# and no IRQ 13.
 extension Processor {
   /// Executes an instruction with an opcode of D8 to DF, or FWAIT.
@@ -57,9 +58,7 @@ extension Processor {
     cpu.pointee.fpu_valid = 0
     cpu.pointee.fpu_opcode = 0
     cpu.pointee.fpu_instruction = 0
-    cpu.pointee.fpu_code_segment = 0
     cpu.pointee.fpu_data = 0
-    cpu.pointee.fpu_data_segment = 0
   }
 
   /// Makes the control and status word consistent after one was loaded.
@@ -101,11 +100,7 @@ extension Processor {
     if unit.pointee.flags & UInt16(SOFT_UNIT_STATUS) != 0 { statusFlags = flags }
     cpu.pointee.fpu_opcode = UInt16(i.opcode & 7) << 8 | UInt16(i.modRM)
     cpu.pointee.fpu_instruction = cpu.pointee.rip
-    cpu.pointee.fpu_code_segment = segments[Int(Register.cs.index)].selector
-    if hasMemory {
-      cpu.pointee.fpu_data = offset(i)
-      cpu.pointee.fpu_data_segment = segments[Int(i.segment.index)].selector
-    }
+    if hasMemory { cpu.pointee.fpu_data = offset(i) }
   }
 
   // MARK: Images
@@ -161,19 +156,17 @@ extension Processor {
     let total = size + (withRegisters ? 80 : 0)
     let linear = try address(i, size: total, isWrite: true)
     let image = soft_area(cpu)
+    let instruction = UInt32(truncatingIfNeeded: cpu.pointee.fpu_instruction)
+    let data = UInt32(truncatingIfNeeded: cpu.pointee.fpu_data)
+    let opcode = UInt32(cpu.pointee.fpu_opcode)
     var words: [7 of UInt32] = [
-      UInt32(cpu.pointee.fpu_control), UInt32(cpu.pointee.fpu_status), UInt32(x87Tags),
-      UInt32(truncatingIfNeeded: cpu.pointee.fpu_instruction), UInt32(cpu.pointee.fpu_code_segment),
-      UInt32(truncatingIfNeeded: cpu.pointee.fpu_data), UInt32(cpu.pointee.fpu_data_segment),
+      UInt32(cpu.pointee.fpu_control), UInt32(cpu.pointee.fpu_status), UInt32(x87Tags), instruction,
+      isWide ? opcode << 16 : 0, data, 0,
     ]
-    if isProtected {
-      if isWide { words[4] |= UInt32(cpu.pointee.fpu_opcode) << 16 }
-    } else {
-      // Linear addresses, their upper part beside the opcode.
-      let instruction = words[3] &+ (words[4] << 4)
-      let data = words[5] &+ (words[6] << 4)
+    if !isProtected {
+      // The upper parts of the addresses are beside the opcode.
       words[3] = instruction & 0xffff
-      words[4] = (instruction >> 16) << 12 | UInt32(cpu.pointee.fpu_opcode)
+      words[4] = (instruction >> 16) << 12 | opcode
       words[5] = data & 0xffff
       words[6] = (data >> 16) << 12
     }
@@ -213,15 +206,11 @@ extension Processor {
     cpu.pointee.fpu_valid = (0..<8).reduce(0) { $0 | (tags >> UInt32($1 * 2) & 3 != 3 ? 1 << UInt8($1) : 0) }
     if isProtected {
       cpu.pointee.fpu_instruction = UInt64(word(3))
-      cpu.pointee.fpu_code_segment = UInt16(truncatingIfNeeded: word(4))
       cpu.pointee.fpu_data = UInt64(word(5))
-      cpu.pointee.fpu_data_segment = UInt16(truncatingIfNeeded: word(6))
       if isWide { cpu.pointee.fpu_opcode = UInt16(truncatingIfNeeded: word(4) >> 16) & 0x7ff }
     } else {
       cpu.pointee.fpu_instruction = UInt64(word(3) & 0xffff | (word(4) >> 12) << 16)
-      cpu.pointee.fpu_code_segment = 0
       cpu.pointee.fpu_data = UInt64(word(5) & 0xffff | (word(6) >> 12) << 16)
-      cpu.pointee.fpu_data_segment = 0
       cpu.pointee.fpu_opcode = UInt16(truncatingIfNeeded: word(4)) & 0x7ff
     }
     if withRegisters {

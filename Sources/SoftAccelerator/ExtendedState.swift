@@ -64,34 +64,19 @@ extension Processor {
   /// XMM registers that the code's mode has.
   private var vectorCount: Int { is64Bit ? 16 : 8 }
 
+  /// Without REX.W the pointers are 32 bits, and the selectors beside them 0.
   private func storePointers(to area: UnsafeMutableRawPointer, isWide: Bool) {
+    let mask: UInt64 = isWide ? ~0 : 0xffff_ffff
     area.storeBytes(of: cpu.pointee.fpu_opcode, toByteOffset: 6, as: UInt16.self)
-    if isWide {
-      area.storeBytes(of: cpu.pointee.fpu_instruction, toByteOffset: 8, as: UInt64.self)
-      area.storeBytes(of: cpu.pointee.fpu_data, toByteOffset: 16, as: UInt64.self)
-    } else {
-      area.storeBytes(
-        of: cpu.pointee.fpu_instruction & 0xffff_ffff | UInt64(cpu.pointee.fpu_code_segment) << 32, toByteOffset: 8,
-        as: UInt64.self)
-      area.storeBytes(
-        of: cpu.pointee.fpu_data & 0xffff_ffff | UInt64(cpu.pointee.fpu_data_segment) << 32, toByteOffset: 16,
-        as: UInt64.self)
-    }
+    area.storeBytes(of: cpu.pointee.fpu_instruction & mask, toByteOffset: 8, as: UInt64.self)
+    area.storeBytes(of: cpu.pointee.fpu_data & mask, toByteOffset: 16, as: UInt64.self)
   }
 
   private func loadPointers(from area: UnsafeRawPointer, isWide: Bool) {
+    let mask: UInt64 = isWide ? ~0 : 0xffff_ffff
     cpu.pointee.fpu_opcode = area.load(fromByteOffset: 6, as: UInt16.self) & 0x7ff
-    let instruction = area.load(fromByteOffset: 8, as: UInt64.self)
-    let data = area.load(fromByteOffset: 16, as: UInt64.self)
-    if isWide {
-      cpu.pointee.fpu_instruction = instruction
-      cpu.pointee.fpu_data = data
-    } else {
-      cpu.pointee.fpu_instruction = instruction & 0xffff_ffff
-      cpu.pointee.fpu_code_segment = UInt16(truncatingIfNeeded: instruction >> 32)
-      cpu.pointee.fpu_data = data & 0xffff_ffff
-      cpu.pointee.fpu_data_segment = UInt16(truncatingIfNeeded: data >> 32)
-    }
+    cpu.pointee.fpu_instruction = area.load(fromByteOffset: 8, as: UInt64.self) & mask
+    cpu.pointee.fpu_data = area.load(fromByteOffset: 16, as: UInt64.self) & mask
   }
 
   /// The upper six bytes of each register's 16 in memory are reserved: written as 0.

@@ -36,11 +36,11 @@ enum SoftCPUID {
       CPUIDLeaf(function: 5),
       // The local APIC's timer always runs.
       CPUIDLeaf(function: 6, eax: bits(2)),
-      // FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT; UMIP,
+      // FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, no FCS and FDS, RDSEED, ADX, SMAP, CLFLUSHOPT; UMIP,
       // PKU, LA57, RDPID; fast short REP MOV.
       CPUIDLeaf(
         function: 7, index: 0, hasIndex: true,
-        ebx: bits(0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23) | avx * bits(5) | host(SOFT_HOST_SHA, 29),
+        ebx: bits(0, 1, 3, 7, 8, 9, 10, 13, 18, 19, 20, 23) | avx * bits(5) | host(SOFT_HOST_SHA, 29),
         ecx: bits(2, 3, 16, 22), edx: bits(4)),
       CPUIDLeaf(function: 0xb, index: 0, hasIndex: true, ebx: 1, ecx: 0x100),
       CPUIDLeaf(
@@ -71,7 +71,7 @@ enum SoftCPUID {
 
   /// A bit for an instruction set that the host's units have.
   private static func host(_ unit: Int, _ bit: UInt32) -> UInt32 {
-    soft_host_units() >> UInt32(unit) & 1 << bit
+    (soft_host_units() >> UInt32(unit) & 1) << bit
   }
 
   private static func bits(_ numbers: UInt32...) -> UInt32 { numbers.reduce(0) { $0 | 1 << $1 } }

@@ -1,3 +1,4 @@
+import Accelerator
 import CSoftCPU
 import Glibc
 import NativeRunner
@@ -56,7 +57,7 @@ final class NativeOracle {
     ])
     processor = Processor(
       memory: physical,
-      features: ProcessorFeatures(leaves: [], instructions: ~0, physicalAddressBits: 40, hasGigabytePages: true))
+      features: ProcessorFeatures(leaves: Self.everything))
     let cpu = processor.cpu
     cpu.pointee.cr0 = CR0([.pe, .mp, .ne, .et]).rawValue
     cpu.pointee.cr4 = CR4([.osfxsr, .osxmmexcpt, .osxsave]).rawValue
@@ -66,6 +67,14 @@ final class NativeOracle {
     cpu.pointee.cpl = 3
     processor.updateContext()
   }
+
+  /// Every feature there is.
+  private static let everything: [CPUIDLeaf] = [
+    CPUIDLeaf(function: 1, eax: 0, ebx: 0, ecx: ~0, edx: ~0),
+    CPUIDLeaf(function: 7, index: 0, hasIndex: true, ebx: ~0, ecx: ~0, edx: ~0),
+    CPUIDLeaf(function: 0xd, index: 0, hasIndex: true, eax: 7),
+    CPUIDLeaf(function: 0xd, index: 1, hasIndex: true, eax: ~0),
+  ]
 
   deinit {
     native.deallocate()
@@ -170,6 +179,7 @@ final class NativeOracle {
     cpu.pointee.fpu_status = state.status
     cpu.pointee.fpu_valid = state.valid
     cpu.pointee.mxcsr = state.mxcsr
+    (cpu.pointee.fpu_opcode, cpu.pointee.fpu_instruction, cpu.pointee.fpu_data) = (0, 0, 0)
     for index in 0..<8 {
       soft_st(cpu, processor.x87Top + index).copyMemory(from: state.stack[index], byteCount: 10)
     }

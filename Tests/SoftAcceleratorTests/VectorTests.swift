@@ -15,9 +15,8 @@ struct VectorTests {
     // No way into another map.
     if map == 1, opcode & 0xfd == 0x38 { opcode = 0x10 }
     let isMemory = UInt8.random(in: 0...3, using: &generator) == 0
-    let modRM =
-      isMemory
-      ? UInt8.random(in: 0...7, using: &generator) << 3 | 6 : 0xc0 | UInt8.random(in: 0...63, using: &generator)
+    let registers = UInt8.random(in: 0...63, using: &generator)
+    let modRM = isMemory ? registers & 0x38 | 6 : 0xc0 | registers
     var bytes: [UInt8] = []
     if Bool.random(using: &generator) {
       // With VEX: registers above 7 through inverted bits.
@@ -34,9 +33,8 @@ struct VectorTests {
       case 2: bytes += [0xf2]
       default: break
       }
-      if Bool.random(using: &generator) {
-        bytes += [0x40 | UInt8.random(in: 0...15, using: &generator) & (isMemory ? 14 : 15)]
-      }
+      let rex = UInt8.random(in: 0...15, using: &generator)
+      if Bool.random(using: &generator) { bytes += [0x40 | rex & (isMemory ? 14 : 15)] }
       bytes += [0x0f] + (map == 2 ? [0x38] : map == 3 ? [0x3a] : []) + [opcode, modRM]
     }
     return bytes + (0..<4).map { _ in UInt8.random(in: 0...255, using: &generator) }
@@ -181,16 +179,15 @@ enum RandomState {
     for index in 0..<16 { state.general[index] = integer(&generator) }
     state.general[4] = 0
     // Mostly aligned.
-    let shift: UInt64 =
-      UInt8.random(in: 0...3, using: &generator) == 0 ? UInt64.random(in: 0...31, using: &generator) : 0
-    state.general[6] = NativeOracle.memoryAddress + 64 + shift
+    state.general[6] = NativeOracle.memoryAddress + 64
+    if UInt8.random(in: 0...3, using: &generator) == 0 { state.general[6] += generator.next() & 31 }
     state.general[7] = NativeOracle.memoryAddress + 96
     state.flags = generator.next() & RFLAGS.status.rawValue
     state.mxcsr = 0x1f80 | UInt32(truncatingIfNeeded: generator.next()) & 0xe07f
-    if UInt8.random(in: 0...7, using: &generator) == 0 {
-      state.mxcsr &= ~UInt32(truncatingIfNeeded: generator.next()) | 0xe07f
-    }
     // A flag that is set and not masked is #XM only for the instruction that sets it, so any will do.
+    if UInt8.random(in: 0...7, using: &generator) == 0 {
+      state.mxcsr &= UInt32(truncatingIfNeeded: generator.next()) | 0xe07f
+    }
     let format = UInt8.random(in: 0...3, using: &generator)
     for index in 0..<16 { state.vectors[index] = vector(&generator, format) }
     state.memory = (0..<16).flatMap { _ in vector(&generator, format) }
