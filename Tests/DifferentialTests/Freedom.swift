@@ -1,0 +1,95 @@
+import NativeProcess
+import X86
+
+/// What the manuals leave open, and what a process cannot compare: the only places where the two sides may differ.
+enum Freedom {
+  /// Rows that are not compared, with the reason.
+  static func exclusion(_ operation: X86.Operation) -> String? {
+    switch operation.mnemonic {
+    case .syscall, .sysenter: "calls the kernel"
+    case .sgdt, .sidt, .sldt, .str, .smsw: "emulated by the kernel where UMIP is on"
+    case .rdtsc, .rdtscp, .rdpid, .rdrand, .rdseed, .cpuid, .xgetbv: "another value each time or on each CPU"
+    case .vmcall, .vmmcall: "calls the hypervisor"
+    case .monitor, .mwait, .monitorx, .mwaitx: "outside ring 0 as the host's system software chose"
+    case .xsave, .xsave64, .xsaveopt, .xsaveopt64, .xsavec, .xsavec64, .xrstor, .xrstor64:
+      "depends on XCR0 and on which components the CPU takes for unused"
+    case .fxsave, .fxsave64, .fnsave, .fnstenv: "stores x87's last instruction and operand, which a signal changes"
+    default:
+      switch operation.feature {
+      case .vmx, .svm: "virtualisation"
+      default: nil
+      }
+    }
+  }
+
+  /// Cases of compared rows that are not compared.
+  static func exempts(_ i: Instruction) -> Bool {
+    switch i.operation.mnemonic {
+    // Linux's other gate for ring 3.
+    case .int: i.immediate & 0xff == 0x80
+    // Near branches with 66 in 64-bit mode: AMD cuts RIP to 16 bits, Intel ignores the prefix (SDM vol. 2, Jcc).
+    case .call, .jmp, .ret, .loop, .loope, .loopne, .jrcxz, .jecxz, .jcxz, .jo, .jno, .jb, .jae, .je, .jne, .jbe, .ja,
+      .js, .jns, .jp, .jnp, .jl, .jge, .jle, .jg:
+      i.mode == .code64 && i.prefixes.contains(.operandSize)
+    default: false
+    }
+  }
+
+  /// The status flags that an instruction leaves undefined (SDM vol. 2 and APM vol. 3, each instruction's "Flags
+  /// Affected"), where either manual does.
+  static func undefinedFlags(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> UInt64 {
+    let (cf, pf, af, zf, sf, of): (UInt64, UInt64, UInt64, UInt64, UInt64, UInt64) = (1, 4, 16, 64, 128, 2048)
+    switch i.operation.mnemonic {
+    case .aaa, .aas: return of | sf | zf | pf
+    case .aad, .aam: return of | af | cf
+    case .daa, .das: return of
+    case .and, .or, .xor, .test: return af
+    case .andn, .blsi, .blsmsk, .blsr, .bzhi: return af | pf
+    case .bextr: return af | sf | pf
+    case .bsf, .bsr: return cf | of | sf | af | pf
+    case .bt, .bts, .btr, .btc: return of | sf | af | pf
+    case .div, .idiv: return cf | of | sf | zf | af | pf
+    case .mul, .imul: return sf | zf | af | pf
+    case .lzcnt, .tzcnt: return of | sf | pf | af
+    case .rol, .ror, .rcl, .rcr: return count(i, before) == 1 ? 0 : of
+    case .shl, .shr, .sar, .shld, .shrd:
+      let count = count(i, before)
+      guard count != 0 else { return 0 }
+      let isWide = count >= i.operands[0].size * 8
+      let isDouble = i.operation.mnemonic == .shld || i.operation.mnemonic == .shrd
+      if isDouble, count > i.operands[0].size * 8 { return cf | of | sf | zf | af | pf }
+      return af | (count > 1 ? of : 0) | (isWide && i.operation.mnemonic != .sar ? cf : 0)
+    default: return 0
+    }
+  }
+
+  /// The masked count of a shift or rotation.
+  private static func count(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> UInt8 {
+    let last = i.operands[2].kind != .none ? i.operands[2] : i.operands[1]
+    let count: UInt8 =
+      switch last.kind {
+      case .immediate: UInt8(truncatingIfNeeded: i.immediate)
+      case .one: 1
+      default: UInt8(truncatingIfNeeded: native_general(before)[1])
+      }
+    return count & (i.operands[0].size == 8 ? 63 : 31)
+  }
+
+  /// The general register whose value is undefined, if any: BSF and BSR of zero; SHLD and SHRD by more than the size.
+  static func undefinedRegister(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> Int? {
+    switch i.operation.mnemonic {
+    case .shld, .shrd:
+      guard i.operands[0].size == 2, count(i, before) > 16, i.operands[0].kind == .register else { return nil }
+      return Int(i.operands[0].register.index)
+    default: return nil
+    }
+  }
+
+  /// Whether the memory that an instruction writes is undefined.
+  static func isMemoryUndefined(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> Bool {
+    switch i.operation.mnemonic {
+    case .shld, .shrd: i.operands[0].kind == .memory && i.operands[0].size == 2 && count(i, before) > 16
+    default: false
+    }
+  }
+}
