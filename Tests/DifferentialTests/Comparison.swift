@@ -23,7 +23,7 @@ enum Comparison {
     if soft.pointee.vector == native.pointee.vector, !completed {
       let isPageFault = soft.pointee.vector == 14
       // Linux shows every fault of the upper half as one of protection.
-      let hidden: UInt32 = isPageFault && native.pointee.address >> 63 != 0 ? 1 : 0
+      let hidden: UInt32 = isPageFault && native.pointee.address >= 0x7fff_ffff_f000 ? 1 : 0
       check("error code", UInt64(soft.pointee.error | hidden), UInt64(native.pointee.error | hidden))
       if isPageFault { check("address", soft.pointee.address, native.pointee.address) }
     }
