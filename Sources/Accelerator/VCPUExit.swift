@@ -179,7 +179,7 @@ public struct DebugControl: Equatable, Sendable {
       self.length = length
     }
   }
-  /// Stop after each instruction.
+  /// Stop after each instruction. Interrupts wait meanwhile, where the host can hold them: a step would end in a handler.
   public var singleStep = false
   /// At most four.
   public var breakpoints: [Breakpoint] = []

@@ -179,7 +179,11 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     }
     var debug = kvm_guest_debug()
     if control != DebugControl() { debug.control |= UInt32(KVM_GUESTDBG_ENABLE) }
-    if control.singleStep { debug.control |= UInt32(KVM_GUESTDBG_SINGLESTEP) }
+    if control.singleStep {
+      debug.control |= UInt32(KVM_GUESTDBG_SINGLESTEP)
+      debug.control |=
+        UInt32(machine.accelerator.extensionValue(KVM_CAP_SET_GUEST_DEBUG2)) & CLINUX_KVM_GUESTDBG_BLOCKIRQ
+    }
     if control.software { debug.control |= CLINUX_KVM_GUESTDBG_USE_SW_BP }
     if !control.breakpoints.isEmpty { debug.control |= CLINUX_KVM_GUESTDBG_USE_HW_BP }
     withUnsafeMutableBytes(of: &debug.arch.debugreg) { bytes in

@@ -28,7 +28,8 @@ public struct MachineConfiguration: Sendable {
   public var firmware: BootROM?
   /// Where COM1 sends its bytes.
   public var serial: any SerialOutput
-  /// Where the interrupt controllers live; nil for the accelerator's own where it has them, else the VMM's.
+  /// Where the interrupt controllers live; nil for the accelerator's local APICs and the VMM's rest, or
+  /// all of them the VMM's where the accelerator has none.
   public var interrupts: InterruptControllerModel?
   /// Where every exit is written down, if anywhere.
   public var trace: ExitTrace?

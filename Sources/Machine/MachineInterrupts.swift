@@ -44,7 +44,7 @@ struct MachineInterrupts {
     case .userSpace:
       let bus = LocalAPICBus(
         count: vcpus.count, features: features, clock: clock,
-        untilTimestamp: { vcpus[$0].nanoseconds(untilTimestamp: $1) },
+        untilTimestamp: { [presences] in presences[$0].nanoseconds(untilTimestamp: $1) },
         wake: { [presences] in presences[$0].wake() })
       let pic = PIC(pin: bus)
       let ioapic = IOAPIC(output: bus)

@@ -14,7 +14,8 @@ final class VCPUPresence: Sendable {
     static let asleep: UInt8 = 2
   }
 
-  private let vcpu: any VirtualCPU
+  /// The machine owns it; it holds the controllers that hold this.
+  private weak let vcpu: (any VirtualCPU)?
   private let phase = Atomic(Phase.inVMM)
   private let change = Condition(())
   /// What the vCPU waits for; its thread writes it, and whoever holds the machine paused.
@@ -33,15 +34,18 @@ final class VCPUPresence: Sendable {
   /// Tells the thread that there is something for it; on any thread.
   func wake() {
     switch phase.load(ordering: .sequentiallyConsistent) {
-    case Phase.inGuest: vcpu.kick()
+    case Phase.inGuest: vcpu?.kick()
     case Phase.asleep: change.withLock { _ in }
     default: break
     }
   }
 
+  /// Guest nanoseconds until the vCPU's time-stamp counter has a value; nil where that is not known.
+  func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64? { vcpu?.nanoseconds(untilTimestamp: ticks) }
+
   /// Takes the thread to the gate, wherever it is; on any thread.
   func kick() {
-    vcpu.kick()
+    vcpu?.kick()
     change.withLock { _ in }
   }
 

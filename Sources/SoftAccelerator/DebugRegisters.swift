@@ -112,7 +112,10 @@ extension Processor {
 
   /// #DB where a breakpoint is on the instruction at RIP and RF does not hold it off.
   func checkCodeBreakpoints() throws(Interruption) {
-    guard watchesCode, cpu.pointee.other_flags & RFLAGS.rf.rawValue == 0 else { return }
+    // A load of SS holds breakpoints off, too.
+    guard watchesCode, cpu.pointee.other_flags & RFLAGS.rf.rawValue == 0, cpu.pointee.interrupt_shadow & 2 == 0 else {
+      return
+    }
     let address = codeAddress(cpu.pointee.rip)
     var met: UInt64 = 0
     for number in 0..<4 as Range<UInt64>
@@ -125,13 +128,16 @@ extension Processor {
     }
   }
 
-  /// The end of an instruction that began with `flags` in RFLAGS: a single-step trap falls due, RF has done its work.
-  func finishDebugging(_ i: Instruction, flags: UInt64) {
+  /// The end of an instruction that began with `flags` in RFLAGS, in the shadow `shadow`: a single-step trap falls due,
+  /// RF has done its work.
+  func finishDebugging(_ i: Instruction, flags: UInt64, shadow: UInt8) {
     switch i.operation.mnemonic {
-    // They clear TF on the way to their handler, and are not stepped.
-    case .int, .int3, .into, .int1: break
+    // They clear TF on the way to their handler, and are not stepped; or see to the trap themselves.
+    case .int, .int3, .into, .int1, .syscall, .sysret, .sysretq: break
     default:
-      if flags & RFLAGS.tf.rawValue != 0 { pendingDebug |= DR6.bs.rawValue }
+      // The trap of a load of SS is lost, not late: what follows makes its own.
+      let isHeldOff = cpu.pointee.interrupt_shadow & ~shadow & 2 != 0
+      if flags & RFLAGS.tf.rawValue != 0, !isHeldOff { pendingDebug |= DR6.bs.rawValue }
     }
     // IRET has loaded RF afresh.
     if flags & RFLAGS.rf.rawValue != 0, i.operation.mnemonic != .iret {

@@ -113,7 +113,7 @@ extension Processor {
   /// INT1, which stands for a #DB of an in-circuit emulator.
   func emulatorBreakpoint() throws(Interruption) {
     try vector(Event(vector: 1, returnIP: nextIP))
-    cpu.pointee.dr.7 &= ~DR7.gd.rawValue
+    recordDebugException()
     nextIP = cpu.pointee.rip
   }
 

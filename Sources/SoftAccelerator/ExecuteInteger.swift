@@ -113,7 +113,7 @@ extension Processor {
       let base = UInt64(i.immediate & 0xff)
       guard base != 0 else { throw .exception(.divideError) }
       let al = general[0] & 0xff
-      write(0, al / base << 8 | al % base, size: 2)
+      write(0, (al / base) << 8 | al % base, size: 2)
       setFlags(result: al % base, carries: 0, size: 1)
     case .aad:
       let al = (general[0] &+ (general[0] >> 8 & 0xff) &* UInt64(i.immediate & 0xff)) & 0xff

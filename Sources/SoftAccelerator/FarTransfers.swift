@@ -11,7 +11,11 @@ extension Processor {
       if isProtected { try jumpFar(selector, offset, i.operandSize) } else { try enterReal(selector, offset) }
     case .call:
       let (selector, offset) = try farTarget(i)
-      if isProtected { try callFar(selector, offset, i.operandSize) } else { try callReal(selector, offset, i.operandSize) }
+      if isProtected {
+        try callFar(selector, offset, i.operandSize)
+      } else {
+        try callReal(selector, offset, i.operandSize)
+      }
     case .retf:
       let extra = i.operands[0].kind == .immediate ? UInt64(i.immediate & 0xffff) : 0
       if isProtected { try returnFar(i.operandSize, extra) } else { try returnReal(i.operandSize, extra) }
@@ -308,7 +312,8 @@ extension Processor {
   }
 
   /// Goes back to an outer privilege level, or in 64-bit mode to the same one.
-  func enterOuter(_ found: FoundDescriptor, _ selector: UInt16, _ stack: soft_segment, _ pointer: UInt64, _ size: UInt8) {
+  func enterOuter(_ found: FoundDescriptor, _ selector: UInt16, _ stack: soft_segment, _ pointer: UInt64, _ size: UInt8)
+  {
     let changesPrivilege = UInt8(selector & 3) != cpu.pointee.cpl
     segments[SegmentIndex.cs] = segment(found, selector)
     segments[SegmentIndex.ss] = stack

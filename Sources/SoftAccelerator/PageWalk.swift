@@ -63,8 +63,11 @@ extension Processor {
         let all = rights & (entry ^ 1 << 63)
         guard isLeaf else {
           if entry & PageTableEntry.accessed.rawValue == 0 {
-            try checkUpdate(place, address, linear)
-            guard soft_cas64(place.host, &entry, entry | PageTableEntry.accessed.rawValue) else { continue }
+            if try canUpdate(place, address, linear),
+              !soft_cas64(place.host, &entry, entry | PageTableEntry.accessed.rawValue)
+            {
+              continue
+            }
           }
           rights = all
           break
@@ -73,8 +76,7 @@ extension Processor {
         let wanted =
           PageTableEntry.accessed.rawValue | (access.contains(.write) ? PageTableEntry.dirty.rawValue : 0)
         if entry & wanted != wanted {
-          try checkUpdate(place, address, linear)
-          guard soft_cas64(place.host, &entry, entry | wanted) else { continue }
+          if try canUpdate(place, address, linear), !soft_cas64(place.host, &entry, entry | wanted) { continue }
         }
         let offsetBits = 3 &+ 9 &* level
         let offsetMask: UInt64 = (1 << offsetBits) &- 1
@@ -105,8 +107,7 @@ extension Processor {
         let all = rights & (UInt64(entry) | 1 << 63)
         guard isLarge || level == 1 else {
           if entry & 0x20 == 0 {
-            try checkUpdate(place, address, linear)
-            guard soft_cas32(place.host, &entry, entry | 0x20) else { continue }
+            if try canUpdate(place, address, linear), !soft_cas32(place.host, &entry, entry | 0x20) { continue }
           }
           rights = all
           break
@@ -114,8 +115,7 @@ extension Processor {
         try check(linear, access, rights: all, key: 0, isLong: false)
         let wanted: UInt32 = access.contains(.write) ? 0x60 : 0x20
         if entry & wanted != wanted {
-          try checkUpdate(place, address, linear)
-          guard soft_cas32(place.host, &entry, entry | wanted) else { continue }
+          if try canUpdate(place, address, linear), !soft_cas32(place.host, &entry, entry | wanted) { continue }
         }
         let page: UInt64 =
           isLarge
@@ -190,7 +190,7 @@ extension Processor {
   private func entryPage(
     _ physical: UInt64, _ linear: UInt64, _ access: PageAccess
   ) throws(Interruption) -> PhysicalMemory.Page {
-    guard var page = try page(physical, .read, linear: linear), page.isWritable else {
+    guard var page = try page(physical, .read, linear: linear) else {
       // Nothing answers on the bus: the entry reads as all ones, whose reserved bits are set.
       throw pageFault(linear, access, [.present, .reserved])
     }
@@ -198,11 +198,14 @@ extension Processor {
     return page
   }
 
-  /// Before A or D is set: the page of the entry is written, which the active view may forbid.
-  private func checkUpdate(
+  /// Before A or D is set: the page of the entry is written, which the active view may forbid. Tables in ROM stay as
+  /// they are: false.
+  private func canUpdate(
     _ page: PhysicalMemory.Page, _ physical: UInt64, _ linear: UInt64
-  ) throws(Interruption) {
+  ) throws(Interruption) -> Bool {
+    guard page.isWritable else { return false }
     if !page.takesWrites { _ = try self.page(physical, .write, linear: linear) }
     page.dirty?.pointee = 1
+    return true
   }
 }

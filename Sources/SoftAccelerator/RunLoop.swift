@@ -83,7 +83,7 @@ extension Processor {
       if case .exception(.debug) = error {} else { pendingDebug = due }
       throw error
     }
-    finishDebugging(instruction, flags: flags)
+    finishDebugging(instruction, flags: flags, shadow: shadow)
     finish(shadow: shadow)
   }
 
@@ -96,7 +96,8 @@ extension Processor {
 
   /// Whether instructions must be taken one by one: a shadow to be lifted, or a device access to be repeated.
   private var stepsSingly: Bool {
-    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged || hostDebug.singleStep
+    cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged
+      || hostDebug.singleStep
   }
 
   /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).

@@ -163,7 +163,9 @@ extension Processor {
       segment.pointee = soft_segment(virtual8086: selector)
       return
     }
-    if !segment.pointee.isUsable { segment.pointee = soft_segment(base: 0, limit: 0xffff, selector: 0, attributes: 0x93) }
+    if !segment.pointee.isUsable {
+      segment.pointee = soft_segment(base: 0, limit: 0xffff, selector: 0, attributes: 0x93)
+    }
     segment.pointee.selector = selector
     segment.pointee.base = UInt64(selector) << 4
     segment.pointee.attributes = segment.pointee.attributes & ~0xff | 0x93
@@ -213,7 +215,10 @@ extension Processor {
     for index in [SegmentIndex.es, SegmentIndex.ds, SegmentIndex.fs, SegmentIndex.gs] {
       let segment = segments[index]
       let isConforming = segment.attributes & 0x1c == 0x1c
-      if segment.isUsable, !isConforming, segment.dpl < cpu.pointee.cpl { segments[index] = soft_segment(null: 0) }
+      guard segment.isUsable, !isConforming, segment.dpl < cpu.pointee.cpl else { continue }
+      // The base stays: in 64-bit mode FS and GS have theirs from elsewhere.
+      segments[index].selector = 0
+      segments[index].attributes = soft_segment.unusable
     }
   }
 
@@ -246,11 +251,9 @@ struct StackFrame {
 }
 
 extension Processor {
-  /// Pushes a frame of values of `size` bytes each onto a stack; returns the new stack pointer.
-  ///
-  /// - Parameters:
-  ///   - isNew: whether the stack is an inner level's, which the processor itself writes to.
-  ///   - fault: the error code of #SS where there is no room.
+  /// Pushes a frame of values of `size` bytes each onto a stack, and answers the new stack pointer. A stack that
+  /// `isNew` is an inner level's, which the processor itself writes to. `fault` is #SS's error code where there is no
+  /// room.
   func push(
     _ frame: StackFrame, size: UInt8, stack: soft_segment, pointer: UInt64, isNew: Bool, fault: UInt32
   ) throws(Interruption) -> UInt64 {

@@ -207,7 +207,8 @@ public final class SoftVirtualMachine: VirtualMachine {
   /// Puts a saved clock in place.
   public func restore(_ node: StateNode) throws(AcceleratorError) {
     do throws(StateError) {
-      let clock = try node.read("soft", versions: 1...1) { reader, _ throws(StateError) in try reader.read(UInt64.self) }
+      let clock = try node.read("soft", versions: 1...1) { reader, _ throws(StateError) in try reader.read(UInt64.self)
+      }
       clockOffset.store(clock &- Self.now(), ordering: .relaxed)
     } catch {
       throw .state(error)

@@ -26,17 +26,25 @@ extension Processor {
   private static let data: UInt16 = 0xc93
   private static let user: UInt16 = 0x60
 
-  /// As on Intel's processors: in 64-bit mode alone.
+  /// Outside 64-bit mode SYSCALL is AMD's, and #UD on Intel's processors, whose system software leaves CSTAR 0.
   private func systemCall() throws(Interruption) {
-    guard cpu.pointee.efer & EFER.sce.rawValue != 0, is64Bit else { throw .invalidOpcode }
+    guard cpu.pointee.efer & EFER.sce.rawValue != 0, is64Bit || isLongMode && cpu.pointee.cstar != 0 else {
+      throw .invalidOpcode
+    }
     general[1] = nextIP
     general[11] = rflags & ~RFLAGS.rf.rawValue
     let selector = UInt16(truncatingIfNeeded: cpu.pointee.star >> 32) & ~3
+    nextIP = is64Bit ? cpu.pointee.lstar : cpu.pointee.cstar
     rflags &= ~(cpu.pointee.fmask | RFLAGS.rf.rawValue)
     segments[SegmentIndex.cs] = soft_segment(flat: selector, attributes: Self.code64)
     segments[SegmentIndex.ss] = soft_segment(flat: selector &+ 8, attributes: Self.data)
     updateMode(privilege: 0)
-    nextIP = cpu.pointee.lstar
+    trapAfterFlags()
+  }
+
+  /// A system call and its return are stepped where TF is set at their end.
+  private func trapAfterFlags() {
+    if cpu.pointee.other_flags & RFLAGS.tf.rawValue != 0 { pendingDebug |= DR6.bs.rawValue }
   }
 
   private func systemReturn(is64: Bool) throws(Interruption) {
@@ -49,6 +57,7 @@ extension Processor {
     segments[SegmentIndex.ss] = soft_segment(flat: (selector &+ 8) | 3, attributes: Self.data | Self.user)
     nextIP = is64 ? general[1] : general[1] & 0xffff_ffff
     updateMode(privilege: 3)
+    trapAfterFlags()
   }
 
   private func systemEnter() throws(Interruption) {

@@ -13,11 +13,9 @@ enum TaskSwitchReason {
 extension Processor {
   /// Saves the current task in its TSS and goes on with another.
   ///
-  /// - Parameters:
-  ///   - found: the TSS descriptor, whose type and presence are checked already.
-  ///   - returnIP: where the current task goes on.
-  ///   - flags: RFLAGS as the current task finds them then.
-  ///   - external: EXT, bit 0 of error codes.
+  /// The type and presence of the TSS descriptor are checked already. `returnIP` and `flags` are what the current task
+  /// finds when it goes on; `external` is EXT, bit 0 of error codes.
+  ///
   /// - Throws: what reading or writing either TSS raises, before anything is changed; or what the new task's own
   ///   registers raise, in the new task's context.
   func switchTask(
@@ -31,7 +29,8 @@ extension Processor {
     }
     let current = segments[SegmentIndex.tr]
     let currentIs32 = current.attributes & 8 != 0
-    let saved = savedTask(is32: currentIs32, ip: returnIP, flags: reason == .return ? flags & ~RFLAGS.nt.rawValue : flags)
+    let saved = savedTask(
+      is32: currentIs32, ip: returnIP, flags: reason == .return ? flags & ~RFLAGS.nt.rawValue : flags)
     // Everything that can fault on the way out.
     try checkAccess(
       systemAddress(current.base &+ (currentIs32 ? 32 : 14)), count: currentIs32 ? 64 : 28, [.implicit, .write])
@@ -113,7 +112,8 @@ extension Processor {
     try storeSystem(task.ip, systemAddress(base &+ first), size: UInt8(size))
     try storeSystem(task.flags, systemAddress(base &+ first &+ size), size: UInt8(size))
     for index in 0..<8 {
-      try storeSystem(task.general[index], systemAddress(base &+ first &+ size &* UInt64(2 &+ index)), size: UInt8(size))
+      try storeSystem(
+        task.general[index], systemAddress(base &+ first &+ size &* UInt64(2 &+ index)), size: UInt8(size))
     }
     for index in 0..<(is32 ? 6 : 4) {
       let place = systemAddress(base &+ first &+ size &* UInt64(10 &+ index))

@@ -15,25 +15,20 @@ struct EngineOption: ParsableArguments {
 
   /// Opens the engine. `auto` says what it took, and why, on standard error.
   func open() throws(Failure) -> any Accelerator {
-    do {
-      switch engine {
-      case .kvm: return try KVMAccelerator()
-      case .soft: return SoftAccelerator()
-      case .auto:
+    switch engine {
+    case .soft: return SoftAccelerator()
+    case .kvm:
+      do { return try KVMAccelerator() } catch { throw .accelerator(error) }
+    case .auto:
+      do throws(AcceleratorError) {
         let kvm = try KVMAccelerator()
-        if !kvm.capabilities.contains(.nativeRing0) {
-          printError(
-            "swiftvmm: engine kvm: this host has no VMX or SVM, so its KVM emulates ring 0 "
-              + "(1-2 million instructions a second); guests that need more stop with a report")
-        }
-        return kvm
+        if kvm.capabilities.contains(.nativeRing0) { return kvm }
+        printError(
+          "swiftvmm: engine soft: this host has no VMX or SVM, so its KVM would emulate ring 0; --engine kvm insists")
+      } catch {
+        printError("swiftvmm: engine soft: \(error)")
       }
-    } catch let failure as Failure {
-      throw failure
-    } catch let error as AcceleratorError {
-      throw .accelerator(error)
-    } catch {
-      throw .engineMissing(engine.rawValue, reason: "\(error)")
+      return SoftAccelerator()
     }
   }
 }

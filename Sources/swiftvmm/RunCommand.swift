@@ -43,7 +43,7 @@ struct RunCommand: ParsableCommand {
 
   @Option(
     name: .customLong("kernel-irqchip"),
-    help: "Interrupt controllers: on (the engine's), split (its local APICs), off (swiftvmm's); what the engine has.")
+    help: "Interrupt controllers: on (the engine's), split (its local APICs), off (ours); split where it can.")
   var kernelIRQChip: KernelIRQChip?
 
   @Option(help: "Kernel command line.")

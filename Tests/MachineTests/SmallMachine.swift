@@ -54,7 +54,7 @@ struct SmallMachine {
   let machine: Machine
   let recorder = Recorder()
 
-  init(_ code: [UInt8], cpus: Int = 1, controllers: InterruptControllerModel = .inKernel) throws {
+  init(_ code: [UInt8], cpus: Int = 1, controllers: InterruptControllerModel = .split) throws {
     let range = try #require(GuestRange(start: GuestPhysicalAddress(0), size: 1 << 20))
     let memory = try GuestMemory([range])
     let accelerator = try KVMAccelerator()
