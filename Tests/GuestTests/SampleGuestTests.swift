@@ -25,7 +25,13 @@ struct SampleGuestTests {
   @Test func realmodeBootsThroughTheFirmware() throws { try passes("realmode") }
   @Test func firmwareServicesAnswer() throws { try passes("services") }
   @Test(arguments: [1, 2, 4]) func ticks(cpus: Int) throws { try passes("ticks", cpus: cpus) }
-  @Test(arguments: [1, 2, 4]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
+  @Test(arguments: [1, 2, 4, 16]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
+  @Test func asManyCPUsAsThereCanBe() throws {
+    let result = try VMM.run("run", "hello", "--engine", "kvm", "--cpus", "254", "--time-limit", "60")
+    #expect(result.status == 0, "\(result.errors)")
+    #expect(result.output.contains(", 254 in the MADT"))
+  }
+
   @Test(arguments: [1, 2, 4]) func ring3(cpus: Int) throws { try passes("ring3", cpus: cpus) }
   @Test(arguments: [("64M", 1), ("256M", 2), ("5G", 4)])
   func memory(size: String, cpus: Int) throws { try passes("memory", cpus: cpus, "--memory", size) }
