@@ -45,6 +45,31 @@ struct SampleGuestTests {
 
   @Test func exits() throws { try passes("exits", cpus: 1, "--append", "count=200") }
 
+  @Test func everyLoopOfCPUCountsAndChecksItself() throws {
+    let result = try VMM.run("run", "cpu", "--engine", "kvm", "--time-limit", "120")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    var instructions: [String: Int] = [:]
+    for line in result.output.split(whereSeparator: \.isNewline) {
+      let row = try #require(try JSONSerialization.jsonObject(with: Data(line.utf8)) as? [String: Any], "\(line)")
+      guard let loop = row["loop"] as? String else { continue }
+      #expect((row["nanoseconds"] as? Int ?? 0) > 0, "\(line)")
+      #expect((row["cycles"] as? Int ?? 0) > 0, "\(line)")
+      instructions[loop] = row["instructions"] as? Int
+    }
+    let expected = [
+      "alu": 20009, "calls": 3948, "branchy": 15005, "chase": 1283, "copy": 12290, "rep-movsq": 3, "cr3": 5243,
+    ]
+    #expect(instructions == expected)
+  }
+
+  @Test func oneLoopOfCPUAlone() throws {
+    let append = "loop=calls calls=5 milliseconds=20"
+    let result = try VMM.run("run", "cpu", "--engine", "kvm", "--append", append, "--time-limit", "120")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("\"checksum\":\"0x5\""))
+    #expect(!result.output.contains("alu"))
+  }
+
   @Test func twoHundredStartsWithoutOneFailure() throws {
     for round in 0..<200 {
       let result = try VMM.run("run", "hello", "--engine", "kvm", "--memory", "64M", "--time-limit", "60")
