@@ -1,3 +1,4 @@
+import Boot
 import Foundation
 import Testing
 
@@ -24,6 +25,16 @@ struct SampleGuestTests {
 
   @Test func realmodeBootsThroughTheFirmware() throws { try passes("realmode") }
   @Test func firmwareServicesAnswer() throws { try passes("services") }
+
+  @Test func aKernelOnADiskStartsThroughTheFirmware() throws {
+    let folder = try TemporaryFolder()
+    let kernel = try BootImage(path: VMM.checkout + "/build/guests/hello.elf")
+    let disk = try folder.file("disk.img", BootDisk.image(kernel: kernel, commandLine: "from=disk"))
+    let result = try VMM.run("run", disk, "--engine", "kvm", "--time-limit", "60")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("hello from long mode"))
+    #expect(result.output.contains("from=disk"))
+  }
   @Test(arguments: [1, 2, 4]) func ticks(cpus: Int) throws { try passes("ticks", cpus: cpus) }
   @Test(arguments: [1, 2, 4, 16]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
   @Test func asManyCPUsAsThereCanBe() throws {

@@ -66,7 +66,7 @@ private func chase() {
   guard let size = size("chase", default: 64, in: 1...65536) else { return }
   var order: UInt32 = 4
   while 1 << order < size * 16 { order += 1 }
-  let table = buffer(64 << order)
+  let table = memory.address(64 << order)
   loop_chase_prepare(table, order)
   let loads: UInt64 = 1 << (order - 3)
   let end = row("chase", instructions: loop_chase_instructions(loads)) { loop_chase(table, loads) }
@@ -80,8 +80,8 @@ private func copy(
 ) {
   guard let size = size(name, default: kibibytes, in: 4...65536) else { return }
   let bytes = (size + 3) / 4 * 4096
-  let from = buffer(bytes)
-  let to = buffer(bytes)
+  let from = memory.address(2 * bytes)
+  let to = from + bytes
   fill64(to, 0, bytes / 8)
   fill64(from, 0x0123_4567_89ab_cdef, bytes / 8)
   var page: UInt64 = 0
@@ -107,11 +107,11 @@ private func place(_ page: UInt64) -> UInt64 { page + (page >> 12 &* 40 & 4080) 
 private func cr3() {
   guard let size = size("cr3", default: 20, in: 1...1_000_000_000) else { return }
   let pages: UInt64 = 0x40_0000_0000
-  let memory = guest_allocate(64 * 4096, 4096)
+  let frames = guest_allocate(64 * 4096, 4096)
   var sum: UInt64 = 0
   for page in 0..<UInt64(64) {
-    Paging.map(pages + page * 4096, to: memory + page * 4096, .writable)
-    store64(memory + page * 4096, page + 1)
+    Paging.map(pages + page * 4096, to: frames + page * 4096, .writable)
+    store64(frames + page * 4096, page + 1)
     sum += page + 1
   }
   let root = read_cr3()
@@ -130,8 +130,22 @@ private func size(_ name: StaticString, default value: UInt64, in range: ClosedR
   return size
 }
 
-/// As a kernel's large pages would be.
-private func buffer(_ bytes: UInt64) -> UInt64 { guest_allocate(bytes, 2 << 20) }
+/// What the loops that use memory share, one after the other, so that 64 MiB and their copy fit in a machine of 256 MiB.
+private struct SharedMemory {
+  private var start: UInt64 = 0
+  private var size: UInt64 = 0
+
+  /// At least `bytes`, aligned as a kernel's large pages would be.
+  mutating func address(_ bytes: UInt64) -> UInt64 {
+    if bytes > size {
+      start = guest_allocate(bytes, 2 << 20)
+      size = bytes
+    }
+    return start
+  }
+}
+
+nonisolated(unsafe) private var memory = SharedMemory()
 
 @discardableResult
 private func row(
