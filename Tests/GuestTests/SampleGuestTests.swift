@@ -48,6 +48,17 @@ struct SampleGuestTests {
   func memory(size: String, cpus: Int) throws { try passes("memory", cpus: cpus, "--memory", size) }
   @Test func pci() throws { try passes("pci") }
 
+  @Test(arguments: ["off", "split"], [1, 2, 4])
+  func interruptControllersInTheVMM(_ controllers: String, cpus: Int) throws {
+    for guest in ["hello", "services", "ticks", "smp"] {
+      try passes(guest, cpus: cpus, "--kernel-irqchip", controllers)
+    }
+  }
+  @Test(arguments: ["on", "split", "off"], [8, 16])
+  func manyProcessors(_ controllers: String, cpus: Int) throws {
+    try passes("smp", cpus: cpus, "--kernel-irqchip", controllers)
+  }
+
   @Test func aCheckThatFailsEndsWithStatusThree() throws {
     let result = try VMM.run("run", "exits", "--engine", "kvm", "--append", "count=0", "--time-limit", "60")
     #expect(result.status == 3)
