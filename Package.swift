@@ -88,14 +88,8 @@ let package = Package(
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-<<<<<<< HEAD
-        "Accelerator", "Boot", "CLinux", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON", "KVMAccelerator",
-        "Machine", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
-=======
         "Accelerator", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON",
-        "KVMAccelerator",
-        "Machine", "Monitor", "PlatformDevices", "StateTree",
->>>>>>> main
+        "KVMAccelerator", "Machine", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
