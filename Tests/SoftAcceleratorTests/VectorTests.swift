@@ -129,12 +129,17 @@ struct Comparison {
     let native = oracle.runNative(code, state)
     seen[i.operation.rawValue, default: 0] += 1
     if native.vector < 0 { completed[i.operation.rawValue, default: 0] += 1 }
+    let block = oracle.runBlock(code, state)
+    if block != soft { note("\(i.operation) \(code) in a block:\(block.difference(from: soft))") }
     if soft == native || isKnownDifference(i, soft, native) { return }
-    failures += 1
-    guard failures < 50 else { return }
     let text = code.map { String($0, radix: 16) }.joined(separator: " ")
     let words = "mxcsr \(String(state.mxcsr, radix: 16)) fcw \(String(state.control, radix: 16))"
-    Issue.record("seed \(seed): \(i.operation) \(text), \(words):\(soft.difference(from: native))")
+    note("\(i.operation) \(text), \(words):\(soft.difference(from: native))")
+  }
+
+  private mutating func note(_ difference: String) {
+    failures += 1
+    if failures < 50 { Issue.record("seed \(seed): \(difference)") }
   }
 
   /// What processors do not agree on among themselves.
