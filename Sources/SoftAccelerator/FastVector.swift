@@ -131,13 +131,14 @@ extension FastState {
   /// No #UD or #NM for SSE: CR0.EM and TS are clear, CR4.OSFXSR is set.
   @inline(__always)
   var allowsSSE: Bool {
-    cpu.pointee.cr0 & (CR0.em.rawValue | CR0.ts.rawValue) | ~cpu.pointee.cr4 & CR4.osfxsr.rawValue == 0
+    // Numbers: constants of another module are not constants here.
+    cpu.pointee.cr0 & 0xc | ~cpu.pointee.cr4 & 1 << 9 == 0
   }
 
   /// The same for AVX: CR0.TS is clear, CR4.OSXSAVE is set, and so are SSE and AVX in XCR0.
   @inline(__always)
   var allowsAVX: Bool {
-    cpu.pointee.cr0 & CR0.ts.rawValue | ~cpu.pointee.cr4 & CR4.osxsave.rawValue | ~cpu.pointee.xcr0 & 6 == 0
+    cpu.pointee.cr0 & 8 | ~cpu.pointee.cr4 & 1 << 18 | ~cpu.pointee.xcr0 & 6 == 0
   }
 
   @inline(__always)
