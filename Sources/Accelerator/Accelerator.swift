@@ -154,6 +154,8 @@ public protocol VirtualCPU: AnyObject, Sendable {
   /// Gives the vCPU its local APIC, once and before the first run, where the interrupt controllers are in the VMM
   /// (`.userSpace`). From then on `run` takes interrupts from it by itself.
   func attach(_ controller: any LocalInterruptController) throws(AcceleratorError)
+  /// Instructions retired so far, where the accelerator counts them; any thread may ask, and gets a recent number.
+  var instructions: UInt64? { get }
   /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
   /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
   func selectView(_ view: MemoryView?) throws(AcceleratorError)
@@ -168,6 +170,9 @@ public protocol VirtualCPU: AnyObject, Sendable {
 }
 
 extension VirtualCPU {
+  /// nil: nobody counts.
+  public var instructions: UInt64? { nil }
+
   /// Refused: there are no views here.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {
     throw .unsupported(engine: "kvm", what: "memory views")

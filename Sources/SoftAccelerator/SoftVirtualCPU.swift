@@ -126,6 +126,9 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.finishDeviceAccesses()
   }
 
+  /// Instructions retired, without those of the block under way.
+  public var instructions: UInt64? { soft_load(soft_instructions(processor.cpu)) }
+
   /// Makes a view the active one.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {
     processor.view = view

@@ -24,6 +24,8 @@ struct RunReport {
     }
     report["exits"] = .object(total)
     report["exits-by-vcpu"] = .array(machine.counters.map { JSONValue($0.total) })
+    let instructions = machine.vcpus.compactMap(\.instructions)
+    if !instructions.isEmpty { report["instructions"] = JSONValue(instructions.reduce(0, &+)) }
     if case .crashed(let crash) = outcome {
       var fields: JSONObject = [
         "reason": .string(crash.reason.name), "vcpu": JSONValue(crash.vcpu),

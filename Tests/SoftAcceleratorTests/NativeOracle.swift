@@ -7,6 +7,10 @@ import X86
 
 @testable import SoftAccelerator
 
+/// Tests against the physical CPU: one at a time, for they share an address.
+@Suite(.serialized)
+enum NativeTests {}
+
 /// A reproducible source of random numbers (SplitMix64).
 struct Generator: RandomNumberGenerator {
   var state: UInt64

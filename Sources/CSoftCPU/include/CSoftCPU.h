@@ -169,6 +169,7 @@ static inline uint64_t soft_or(uint64_t *_Nonnull p, uint64_t bits) { return __a
 static inline uint64_t soft_and(uint64_t *_Nonnull p, uint64_t bits) { return __atomic_fetch_and(p, bits, __ATOMIC_SEQ_CST); }
 
 static inline uint64_t *_Nonnull soft_requests(soft_cpu *_Nonnull cpu) { return &cpu->requests; }
+static inline uint64_t *_Nonnull soft_instructions(soft_cpu *_Nonnull cpu) { return &cpu->instructions; }
 static inline uint64_t *_Nonnull soft_inside(soft_cpu *_Nonnull cpu) { return &cpu->inside; }
 
 static inline uint64_t soft_host_tsc(void) { return __builtin_ia32_rdtsc(); }
