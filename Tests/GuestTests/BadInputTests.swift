@@ -10,7 +10,7 @@ struct BadInputTests {
   ) throws {
     let result = try VMM.run(arguments)
     #expect(result.status == status, "\(arguments): \(result.errors)", sourceLocation: location)
-    let lines = result.errors.split(separator: "\n").filter { !$0.contains("emulates ring 0") }
+    let lines = result.errors.split(separator: "\n").filter { !$0.hasPrefix("swiftvmm: engine ") }
     #expect(lines.count == 1, "\(result.errors)", sourceLocation: location)
     #expect(result.errors.contains(text), "\(result.errors)", sourceLocation: location)
     #expect(result.output.isEmpty, sourceLocation: location)
