@@ -6,6 +6,7 @@ import Glibc
 import Host
 import JSON
 import Machine
+import SoftAccelerator
 import Monitor
 import PlatformDevices
 
@@ -50,6 +51,7 @@ struct RunSession {
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
     accelerator = try options.engine.open()
+    if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
   }
 
