@@ -104,8 +104,4 @@ struct BadInputTests {
       ["run", "hello", "--engine", "kvm", "--control", "unix:\(path)", "--serial", "none"], status: 74, naming: path)
     #expect(access(path, F_OK) == 0, "the first machine's socket must stay")
   }
-
-  @Test func softwareEngineIsNamedWhereItIsMissing() throws {
-    try fails(["run", "hello", "--engine", "soft"], status: 69, naming: "soft")
-  }
 }
