@@ -29,6 +29,8 @@ public enum BootError: Error, Equatable, CustomStringConvertible {
   case commandLineLength(path: String, count: Int, limit: Int)
   /// A string for the guest holds a NUL, which would end it early.
   case stringWithNUL(path: String)
+  /// The kernel does not fit in what a boot disk's first sector can load.
+  case bootDiskKernel(path: String, start: UInt64, end: UInt64, limit: UInt64)
   /// The firmware image has a size that no ROM has.
   case firmwareSize(path: String, size: UInt64)
   /// Neither an image nor a firmware was given.
@@ -65,6 +67,9 @@ public enum BootError: Error, Equatable, CustomStringConvertible {
     case .commandLineLength(let path, let count, let limit):
       "cannot boot \(path): the command line has \(count) bytes and the kernel takes \(limit); shorten --append"
     case .stringWithNUL(let path): "cannot boot \(path): a command line or module string holds a NUL character"
+    case .bootDiskKernel(let path, let start, let end, let limit):
+      "cannot make a boot disk of \(path): it loads at \(GuestPhysicalAddress(start)) to \(GuestPhysicalAddress(end)), "
+        + "and must lie from \(GuestPhysicalAddress(Platform.oneMiB)) to \(GuestPhysicalAddress(limit))"
     case .firmwareSize(let path, let size):
       "\(path) is no firmware: it has \(size) bytes, and a ROM has a multiple of 4096, at most 16 MiB"
     case .nothingToBoot: "nothing to boot: name a guest or give --firmware"

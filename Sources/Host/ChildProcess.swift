@@ -12,6 +12,15 @@ public struct ChildProcess: Sendable {
   public let maximumResidentKiB: Int
   /// Standard output, where it was asked for.
   public let output: [UInt8]
+  /// When output came: its length, and nanoseconds since the start, after each read.
+  let arrivals: [(count: Int, nanoseconds: UInt64)]
+
+  /// Nanoseconds from the start until `text` had come whole for the first time; nil where it never came.
+  public func nanoseconds(until text: String) -> UInt64? {
+    let sought = Array(text.utf8)
+    guard let start = output.firstRange(of: sought)?.lowerBound else { return nil }
+    return arrivals.first { $0.count >= start + sought.count }?.nanoseconds
+  }
 
   /// Runs `arguments` (the first is looked up in PATH) with no standard input, standard error thrown away, and standard
   /// output thrown away or kept.
@@ -41,6 +50,7 @@ public struct ChildProcess: Sendable {
     if keepingOutput { close(ends[1]) }
     guard code == 0 else { throw .path("run", path: arguments[0], errno: code) }
     var output: [UInt8] = []
+    var arrivals: [(count: Int, nanoseconds: UInt64)] = []
     if let reader {
       var chunk = [UInt8](repeating: 0, count: 65536)
       while true {
@@ -48,6 +58,7 @@ public struct ChildProcess: Sendable {
         if count < 0 && errno == EINTR { continue }
         guard count > 0 else { break }
         output += chunk[..<count]
+        arrivals.append((output.count, monotonicNanoseconds() - start))
       }
     }
     var usage = rusage()
@@ -62,6 +73,6 @@ public struct ChildProcess: Sendable {
       (usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * 1_000_000 + usage.ru_utime.tv_usec + usage.ru_stime.tv_usec
     return ChildProcess(
       status: signal == 0 ? status >> 8 & 0xff : 128 + signal, wallNanoseconds: end - start,
-      cpuMicroseconds: UInt64(microseconds), maximumResidentKiB: usage.ru_maxrss, output: output)
+      cpuMicroseconds: UInt64(microseconds), maximumResidentKiB: usage.ru_maxrss, output: output, arrivals: arrivals)
   }
 }

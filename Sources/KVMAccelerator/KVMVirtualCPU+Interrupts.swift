@@ -67,7 +67,7 @@ extension KVMVirtualCPU {
   }
 
   /// Answers an exit for an MSR; KVM raises #GP for those that the controller does not have, as it would have by itself.
-  func accessRegister(_ controller: any LocalInterruptController) -> Bool {
+  func accessRegister(_ controller: any LocalInterruptController) throws(AcceleratorError) -> Bool {
     switch Int32(bitPattern: shared.pointee.exit_reason) {
     case KVM_EXIT_X86_RDMSR:
       let value = controller.readMSR(shared.pointee.msr.index)
@@ -75,7 +75,13 @@ extension KVMVirtualCPU {
       shared.pointee.msr.error = value == nil ? 1 : 0
       return true
     case KVM_EXIT_X86_WRMSR:
-      let isDone = controller.writeMSR(shared.pointee.msr.index, value: shared.pointee.msr.data)
+      let (index, value) = (shared.pointee.msr.index, shared.pointee.msr.data)
+      let isDone = controller.writeMSR(index, value: value)
+      // KVM's own copy decides what CPUID shows of the APIC.
+      if isDone, index == Self.apicBaseIndex {
+        try writeModelSpecificRegisters([ModelSpecificRegister(index: index, value: value)])
+        apicBase = value
+      }
       shared.pointee.msr.error = isDone ? 0 : 1
       return true
     default: return false
@@ -98,19 +104,19 @@ extension KVMVirtualCPU {
 }
 
 extension KVMVirtualMachine {
-  /// Makes accesses to the x2APIC's registers, which are invalid to a KVM without local APICs, and to the TSC deadline,
-  /// which it would ignore, exits that `accessRegister` answers.
+  /// Makes accesses to the x2APIC's registers, which are invalid to a KVM without local APICs, to the TSC deadline, which
+  /// it would ignore, and writes to the APIC base, of which none may be missed, exits that `accessRegister` answers.
   static func takeControllerRegisters(on machine: Int32) throws(AcceleratorError) {
     let reasons = UInt64(KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER)
     try enable(KVM_CAP_X86_USER_SPACE_MSR, reasons, on: machine)
     var denied: UInt64 = 0
     let result = withUnsafeMutableBytes(of: &denied) { bitmap in
       Result { () throws(AcceleratorError) in
+        let bits = bitmap.baseAddress?.assumingMemoryBound(to: UInt8.self)
+        let (read, write) = (UInt32(KVM_MSR_FILTER_READ), UInt32(KVM_MSR_FILTER_WRITE))
         var filter = kvm_msr_filter()
-        filter.ranges.0.flags = UInt32(KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE)
-        filter.ranges.0.base = 0x6e0
-        filter.ranges.0.nmsrs = 1
-        filter.ranges.0.bitmap = bitmap.baseAddress?.assumingMemoryBound(to: UInt8.self)
+        filter.ranges.0 = kvm_msr_filter_range(flags: read | write, nmsrs: 1, base: 0x6e0, bitmap: bits)
+        filter.ranges.1 = kvm_msr_filter_range(flags: write, nmsrs: 1, base: 0x1b, bitmap: bits)
         try kvmCall("KVM_X86_SET_MSR_FILTER", machine, CLINUX_KVM_X86_SET_MSR_FILTER, with: &filter)
       }
     }

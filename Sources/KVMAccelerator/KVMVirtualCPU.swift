@@ -89,7 +89,7 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
       let code = errno
       if let controller { takeRegisters(controller) }
       if result >= 0 {
-        if let controller, accessRegister(controller) { continue }
+        if let controller, try accessRegister(controller) { continue }
         return exit()
       }
       switch code {

@@ -388,9 +388,3 @@ public final class Machine: MachineControl {
     }
   }
 }
-
-/// Executes single instructions that the accelerator cannot; the software CPU does.
-public protocol InstructionAssist: Sendable {
-  /// Executes the instruction at the vCPU's RIP on its state; false where it cannot either, and nothing has changed.
-  func execute(_ vcpu: any VirtualCPU, bytes: InstructionBytes) throws(AcceleratorError) -> Bool
-}

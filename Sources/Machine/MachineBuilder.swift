@@ -119,16 +119,18 @@ public struct MachineBuilder {
 
   /// One slot a RAM region, then the ROM, which the guest may read and execute but not write.
   private func setSlots(_ machine: any VirtualMachine) throws(AcceleratorError) {
-    for (number, region) in machine.memory.regions.enumerated() {
-      try machine.setMemorySlot(
-        MemorySlot(number: UInt32(number), range: region.range, hostBase: region.hostBase))
+    var slots = machine.memory.regions.enumerated().map { number, region in
+      MemorySlot(number: UInt32(number), range: region.range, hostBase: region.hostBase)
     }
-    guard let firmware = configuration.firmware else { return }
-    let readOnly = accelerator.capabilities.contains(.readOnlyMemory)
-    try machine.setMemorySlot(
-      MemorySlot(
-        number: UInt32(machine.memory.regions.count), range: firmware.range, hostBase: firmware.hostBase,
-        access: readOnly ? .readExecute : .readWriteExecute))
+    if let firmware = configuration.firmware {
+      let readOnly = accelerator.capabilities.contains(.readOnlyMemory)
+      slots.append(
+        MemorySlot(
+          number: UInt32(slots.count), range: firmware.range, hostBase: firmware.hostBase,
+          access: readOnly ? .readExecute : .readWriteExecute))
+    }
+    for slot in slots { try machine.setMemorySlot(slot) }
+    try configuration.assist?.attach(machine.memory, slots: slots)
   }
 
   private func boot<Value>(_ body: () throws(BootError) -> Value) throws(MachineError) -> Value {

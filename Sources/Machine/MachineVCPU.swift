@@ -129,7 +129,8 @@ extension Machine {
       }
     case .interrupted, .interruptWindow: break
     case .emulationFailure(let bytes):
-      if try assist?.execute(vcpu, bytes: bytes) != true { crash(vcpu, .emulationFailure(bytes)) }
+      let isDone = try assist?.execute(vcpu) { exit throws(AcceleratorError) in try handle(exit, vcpu) }
+      if isDone != true { crash(vcpu, .emulationFailure(bytes)) }
     case .debug(let event): stop(.debug(vcpu: vcpu.index, event))
     case .systemEvent(.shutdown): request(.powerOff)
     case .systemEvent(.reset): request(.reset)

@@ -80,7 +80,10 @@ public final class MemoryView: Sendable {
 
   /// Puts a host page in the place of a guest page.
   ///
-  /// - Parameter hostPage: the address of 4 KiB that outlive the view, aligned to their size; nil for the guest's own.
+  /// - Parameters:
+  ///   - address: any address in the guest page.
+  ///   - hostPage: the address of 4 KiB that outlive the view, aligned to their size; nil for the guest's own.
+  ///   - rights: what may be done with the page.
   public func replace(
     _ address: GuestPhysicalAddress, by hostPage: UnsafeMutableRawPointer?, rights: PageRights
   ) {

@@ -68,6 +68,21 @@ struct Block {
   static func jumpIndex(_ ip: UInt64) -> Int { Int((ip ^ ip >> 12) & UInt64(BlockCache.jumpCount &- 1)) }
 }
 
+/// The blocks with code in one page.
+struct CodePageBlocks {
+  /// One of them; the others are linked to it.
+  var first: UnsafeMutablePointer<Block>
+  /// The pieces of 64 bytes, a bit each, that blocks have been made of.
+  var chunks: UInt64
+
+  /// The pieces that `count` bytes (at least one) at an offset in the page touch.
+  static func chunks(_ offset: UInt, count: UInt) -> UInt64 {
+    let first = UInt64(offset >> 6 & 63)
+    let last = UInt64((offset &+ count &- 1) >> 6 & 63)
+    return (~0 << first) & (~0 >> (63 &- last))
+  }
+}
+
 /// The decoded code of one CPU.
 ///
 /// Blocks, operations and instructions lie in one arena that is emptied as a whole when it is full. Nothing here is
@@ -88,7 +103,7 @@ final class BlockCache {
   /// How often the cache was emptied: blocks of an earlier epoch are gone.
   private(set) var epoch = 0
   /// The first block of every page (named by its host address) that has blocks.
-  private(set) var pages: [UInt: UnsafeMutablePointer<Block>] = [:]
+  private(set) var pages: [UInt: CodePageBlocks] = [:]
 
   init() {
     nowhereOperation = .allocate(capacity: 1)
@@ -140,12 +155,19 @@ final class BlockCache {
     block.pointee.sameBucket = buckets[bucket]
     buckets[bucket] = block
     let page = block.pointee.host & ~0xfff
-    block.pointee.samePage = pages.updateValue(block, forKey: page)
+    let chunks = CodePageBlocks.chunks(block.pointee.host & 0xfff, count: UInt(block.pointee.size))
+    let others = pages[page]
+    block.pointee.samePage = others?.first
+    pages[page] = CodePageBlocks(first: block, chunks: chunks | (others?.chunks ?? 0))
   }
 
   /// Forgets the blocks that contain a byte of `range`, offsets in a page; true when the page has no block left.
   func forget(page: UInt, range: Range<UInt>) -> Bool {
-    var first = pages[page]
+    guard let blocks = pages[page] else { return true }
+    // Data beside code is written often: most of it is not among the bytes that blocks are made of.
+    guard blocks.chunks & CodePageBlocks.chunks(range.lowerBound, count: range.upperBound &- range.lowerBound) != 0
+    else { return false }
+    var first: UnsafeMutablePointer<Block>? = blocks.first
     var link: UnsafeMutablePointer<Block>? = nil
     var candidate = first
     while let block = candidate {
@@ -159,7 +181,7 @@ final class BlockCache {
       }
       candidate = following
     }
-    pages[page] = first
+    pages[page] = first.map { CodePageBlocks(first: $0, chunks: blocks.chunks) }
     return first == nil
   }
 

@@ -90,14 +90,22 @@ extension Processor {
   }
 
   /// Executes an instruction that has no fast operation; false where the block must be left, with RIP set.
+  ///
+  /// What `execute` checks first does not concern x87 and vector instructions, once they are in a block.
   @inline(never)
   func executeGeneric(
-    _ op: UnsafeMutablePointer<FastOperation>, _ block: UnsafeMutablePointer<Block>
+    _ op: UnsafeMutablePointer<FastOperation>, _ block: UnsafeMutablePointer<Block>, isVector: Bool
   ) throws(Interruption) -> Bool {
     let ip = block.pointee.ip &+ UInt64(op.pointee.distance)
     cpu.pointee.rip = ip
     do throws(Interruption) {
-      try execute(op.instruction)
+      if isVector {
+        nextIP = ip &+ UInt64(op.pointee.length)
+        try executeX87OrVector(op.instruction)
+        cpu.pointee.rip = nextIP
+      } else {
+        try execute(op.instruction)
+      }
     } catch {
       cpu.pointee.instructions &+= UInt64(op.pointee.number)
       throw error
@@ -114,7 +122,7 @@ extension Processor {
   func executeLast(
     _ op: UnsafeMutablePointer<FastOperation>, _ block: UnsafeMutablePointer<Block>
   ) throws(Interruption) {
-    if try executeGeneric(op, block) { cpu.pointee.instructions &+= UInt64(op.pointee.number) &+ 1 }
+    if try executeGeneric(op, block, isVector: false) { cpu.pointee.instructions &+= UInt64(op.pointee.number) &+ 1 }
   }
 
   // MARK: Code that changes

@@ -29,6 +29,7 @@ extension Processor {
   private func executeWithoutFeature(_ i: Instruction) throws(Interruption) {
     switch i.operation.mnemonic {
     case .prefetchw: break
+    case .vmcall, .vmmcall: hypercall()
     default: throw .invalidOpcode
     }
     cpu.pointee.rip = nextIP

@@ -222,6 +222,9 @@ extension Processor {
     if linear & (size &- 1) != 0 { throw .generalProtection }
   }
 
+  /// What an operand of more than 8 bytes is aligned to where alignment is checked (#AC).
+  private static func alignment(_ count: Int) -> UInt8 { count == 10 ? 8 : 16 }
+
   /// Loads up to 32 bytes.
   func loadVector(
     _ linear: UInt64, into buffer: UnsafeMutableRawPointer, count: Int
@@ -236,6 +239,7 @@ extension Processor {
       Self.write(try load(linear, size: UInt8(count)), buffer, size: UInt8(count))
       return
     }
+    try checkAlignment(linear, size: Self.alignment(count))
     try load(linear, into: buffer, count: count)
     if watchesData { noteDataAccess(linear, count: count, isWrite: false) }
   }
@@ -254,6 +258,7 @@ extension Processor {
       try store(Self.read(buffer, size: UInt8(count)), linear, size: UInt8(count))
       return
     }
+    try checkAlignment(linear, size: Self.alignment(count))
     try store(from: buffer, linear, count: count)
     if watchesData { noteDataAccess(linear, count: count, isWrite: true) }
   }

@@ -155,6 +155,7 @@ extension Processor {
     let size = isWide ? 28 : 14
     let total = size + (withRegisters ? 80 : 0)
     let linear = try address(i, size: total, isWrite: true)
+    try checkAlignment(linear, size: isWide ? 4 : 2)
     let image = soft_area(cpu)
     let instruction = UInt32(truncatingIfNeeded: cpu.pointee.fpu_instruction)
     let data = UInt32(truncatingIfNeeded: cpu.pointee.fpu_data)
@@ -194,7 +195,9 @@ extension Processor {
     let size = isWide ? 28 : 14
     let total = size + (withRegisters ? 80 : 0)
     let image = soft_area(cpu)
-    try load(address(i, size: total, isWrite: false), into: image, count: total)
+    let linear = try address(i, size: total, isWrite: false)
+    try checkAlignment(linear, size: isWide ? 4 : 2)
+    try load(linear, into: image, count: total)
     func word(_ index: Int) -> UInt32 {
       isWide
         ? image.load(fromByteOffset: index * 4, as: UInt32.self)

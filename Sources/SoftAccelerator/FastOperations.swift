@@ -35,19 +35,7 @@ extension Processor {
       if second == Self.register { operation.b = Self.offset(i.operands[1].register) }
       operation.immediate = UInt64(bitPattern: i.immediate)
       guard first == Self.memory || second == Self.memory || i.operation.mnemonic == .lea else { return }
-      guard i.addressSize == 8 else { return nil }
-      operation.address = UInt64(bitPattern: i.displacement)
-      switch i.base.class {
-      case .none: break
-      case .instructionPointer: operation.address &+= next
-      default: operation.base = i.base.index &* 8
-      }
-      if i.index != .none {
-        guard i.index.class == .general64 else { return nil }
-        operation.index = i.index.index &* 8
-        operation.shift = UInt8(i.scale.trailingZeroBitCount)
-      }
-      if i.segment.index >= 4, i.operation.mnemonic != .lea { operation.segment = i.segment.index }
+      guard operation.setMemory(i, next: next) else { return nil }
     }
 
     private static func kind(_ operand: Operand) -> UInt8? {
@@ -253,5 +241,26 @@ extension Processor {
 
   private func pick(_ shape: Shape, _ long: OperationCode, _ quad: OperationCode) -> OperationCode? {
     shape.size == 4 ? long : shape.size == 8 ? quad : nil
+  }
+}
+
+extension FastOperation {
+  /// Describes the memory operand; false where it is none that fast operations know. `next` is the address after the
+  /// instruction.
+  mutating func setMemory(_ i: Instruction, next: UInt64) -> Bool {
+    guard i.addressSize == 8 else { return false }
+    address = UInt64(bitPattern: i.displacement)
+    switch i.base.class {
+    case .none: break
+    case .instructionPointer: address &+= next
+    default: base = i.base.index &* 8
+    }
+    if i.index != .none {
+      guard i.index.class == .general64 else { return false }
+      index = i.index.index &* 8
+      shift = UInt8(i.scale.trailingZeroBitCount)
+    }
+    if i.segment.index >= 4, i.operation.mnemonic != .lea { segment = i.segment.index }
+    return true
   }
 }

@@ -43,10 +43,12 @@ enum OperationCode: UInt16 {
   case movsxWQRM, movsxLQRR, movsxLQRM, cwde, cdqe, cdq, cqo, setO
   case setNO, setB, setAE, setE, setNE, setBE, setA, setS
   case setNS, setP, setNP, setL, setGE, setLE, setG, pushR
-  case pushI, popR, leave, generic, next, jmp, jO, jNO
-  case jB, jAE, jE, jNE, jBE, jA, jS, jNS
-  case jP, jNP, jL, jGE, jLE, jG, call, ret
-  case jmpR, jmpM, callR, step, genericEnd
+  case pushI, popR, leave, sseCopy, sseLoad, sseStore, sseUnit, sseUnitM
+  case sseUnitG, vexCopy, vexLoad, vexStore, vexUnit, vexUnitM, ymmCopy, ymmLoad
+  case ymmStore, ymmUnit, ymmUnitM, ymmUnitG, vector, generic, next, jmp
+  case jO, jNO, jB, jAE, jE, jNE, jBE, jA
+  case jS, jNS, jP, jNP, jL, jGE, jLE, jG
+  case call, ret, jmpR, jmpM, callR, step, genericEnd
 }
 
 extension Processor {
@@ -2403,8 +2405,139 @@ extension Processor {
         s.put(32, linear &+ 8)
         s.put(40, FastState.load(host, as: UInt64.self))
         op += 1
+      case .sseCopy:
+        guard s.allowsSSE else { break loop }
+        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 16)
+        op += 1
+      case .sseLoad:
+        guard s.allowsSSE else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.readable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: false) { continue }
+          break loop
+        }
+        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 16)
+        op += 1
+      case .sseStore:
+        guard s.allowsSSE else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.writable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: true) { continue }
+          break loop
+        }
+        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 16)
+        op += 1
+      case .sseUnit:
+        guard s.allowsSSE else { break loop }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.a), s.vector(op.pointee.b))
+        op += 1
+      case .sseUnitM:
+        guard s.allowsSSE else { break loop }
+        let linear = op.address(s)
+        guard linear & 15 == 0 else { break loop }
+        guard let host = s.readable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: false) { continue }
+          break loop
+        }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.a), host)
+        op += 1
+      case .sseUnitG:
+        guard s.allowsSSE else { break loop }
+        let vector = s.vector(op.pointee.b)
+        s.put(op.pointee.a, soft_run_at(op.pointee.immediate, vector, vector, vector))
+        op += 1
+      case .vexCopy:
+        guard s.allowsAVX else { break loop }
+        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 16)
+        s.clearUpper(op.pointee.a)
+        op += 1
+      case .vexLoad:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.readable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: false) { continue }
+          break loop
+        }
+        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 16)
+        s.clearUpper(op.pointee.a)
+        op += 1
+      case .vexStore:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.writable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: true) { continue }
+          break loop
+        }
+        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 16)
+        op += 1
+      case .vexUnit:
+        guard s.allowsAVX else { break loop }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.b), s.vector(op.pointee.base))
+        s.clearUpper(op.pointee.a)
+        op += 1
+      case .vexUnitM:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & 0 == 0 else { break loop }
+        guard let host = s.readable(linear, size: 16) else {
+          if processor.fill(linear, size: 16, isWrite: false) { continue }
+          break loop
+        }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.b), host)
+        s.clearUpper(op.pointee.a)
+        op += 1
+      case .ymmCopy:
+        guard s.allowsAVX else { break loop }
+        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 32)
+        op += 1
+      case .ymmLoad:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.readable(linear, size: 32) else {
+          if processor.fill(linear, size: 32, isWrite: false) { continue }
+          break loop
+        }
+        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 32)
+        op += 1
+      case .ymmStore:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & op.pointee.immediate == 0 else { break loop }
+        guard let host = s.writable(linear, size: 32) else {
+          if processor.fill(linear, size: 32, isWrite: true) { continue }
+          break loop
+        }
+        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 32)
+        op += 1
+      case .ymmUnit:
+        guard s.allowsAVX else { break loop }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.b), s.vector(op.pointee.base))
+        op += 1
+      case .ymmUnitM:
+        guard s.allowsAVX else { break loop }
+        let linear = op.address(s)
+        guard linear & 0 == 0 else { break loop }
+        guard let host = s.readable(linear, size: 32) else {
+          if processor.fill(linear, size: 32, isWrite: false) { continue }
+          break loop
+        }
+        _ = soft_run_at(op.pointee.immediate, s.vector(op.pointee.a), s.vector(op.pointee.b), host)
+        op += 1
+      case .ymmUnitG:
+        guard s.allowsAVX else { break loop }
+        let vector = s.vector(op.pointee.b)
+        s.put(op.pointee.a, soft_run_at(op.pointee.immediate, vector, vector, vector))
+        op += 1
+      case .vector:
+        if try !processor.executeGeneric(op, block, isVector: true) { return }
+        op += 1
       case .generic:
-        if try !processor.executeGeneric(op, block) { return }
+        if try !processor.executeGeneric(op, block, isVector: false) { return }
         op += 1
       case .next:
         budget &-= block.pointee.count

@@ -144,33 +144,32 @@ extension Processor {
     _ linear: UInt64, _ access: PageAccess, rights: UInt64, key: UInt64, isLong: Bool
   ) throws(Interruption) {
     let isUserPage = rights & PageTableEntry.user.rawValue != 0
-    let isWritable = rights & PageTableEntry.writable.rawValue != 0
+    let isWrite = access.contains(.write)
+    let isFetch = access.contains(.fetch)
     let cr4 = CR4(rawValue: cpu.pointee.cr4)
+    let obeysReadOnly = access.contains(.user) || cpu.pointee.cr0 & CR0.wp.rawValue != 0
+    var isAllowed = !isWrite || !obeysReadOnly || rights & PageTableEntry.writable.rawValue != 0
     if access.contains(.user) {
-      guard isUserPage, isWritable || !access.contains(.write) else { throw pageFault(linear, access, .present) }
-    } else {
-      if access.contains(.write), !isWritable, cpu.pointee.cr0 & CR0.wp.rawValue != 0 {
-        throw pageFault(linear, access, .present)
-      }
-      if isUserPage {
-        if access.contains(.fetch) {
-          if cr4.contains(.smep) { throw pageFault(linear, access, .present) }
-        } else if cr4.contains(.smap),
-          access.contains(.implicit) || cpu.pointee.other_flags & RFLAGS.ac.rawValue == 0
-        {
-          throw pageFault(linear, access, .present)
-        }
+      if !isUserPage { isAllowed = false }
+    } else if isUserPage {
+      if isFetch {
+        if cr4.contains(.smep) { isAllowed = false }
+      } else if cr4.contains(.smap),
+        access.contains(.implicit) || cpu.pointee.other_flags & RFLAGS.ac.rawValue == 0
+      {
+        isAllowed = false
       }
     }
-    if access.contains(.fetch) {
-      if rights >> 63 == 0, cpu.pointee.efer & EFER.nxe.rawValue != 0 { throw pageFault(linear, access, .present) }
+    if isFetch {
+      if rights >> 63 == 0, cpu.pointee.efer & EFER.nxe.rawValue != 0 { isAllowed = false }
     } else if isLong, isUserPage, cr4.contains(.pke) {
       let bits = cpu.pointee.pkru >> (UInt32(key) &* 2)
-      let blocksWrite = bits & 2 != 0 && (access.contains(.user) || cpu.pointee.cr0 & CR0.wp.rawValue != 0)
-      if bits & 1 != 0 || access.contains(.write) && blocksWrite {
+      if bits & 1 != 0 || isWrite && obeysReadOnly && bits & 2 != 0 {
+        // Reported whatever else forbids the access.
         throw pageFault(linear, access, [.present, .protectionKey])
       }
     }
+    guard isAllowed else { throw pageFault(linear, access, .present) }
   }
 
   /// #PF for an access: `bits` say what the walk found.

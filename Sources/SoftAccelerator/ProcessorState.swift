@@ -206,7 +206,8 @@ extension Processor {
       }
     }
     if !state.extended.isEmpty { try setExtendedState(state.extended) }
-    cpu.pointee.xcr0 = state.xcr0 & features.xcr0 | 1
+    // 0, which no XCR0 is, leaves it alone.
+    if state.xcr0 != 0 { cpu.pointee.xcr0 = state.xcr0 & features.xcr0 | 1 }
     generalRegisters = state.general
     systemRegisters = state.system
     for register in state.modelSpecific {

@@ -5,6 +5,8 @@ import CSoftCPU
 ///
 /// Vendor and model are those of an in-order Intel Atom, which this CPU resembles in what matters to kernels: it does not
 /// speculate, so they need no mitigations; and they take its TSC's frequency from leaf 0x15 without calibrating.
+/// Protection keys are implemented, and not shown: kernels would write PKRU, which costs every translation, for nothing
+/// that programs use.
 enum SoftCPUID {
   /// IA32_ARCH_CAPABILITIES, where it is shown: nothing leaks (RDCL_NO, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, TAA_NO).
   static let architecturalCapabilities: UInt64 = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8
@@ -37,18 +39,17 @@ enum SoftCPUID {
       // The local APIC's timer always runs.
       CPUIDLeaf(function: 6, eax: bits(2)),
       // FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, ERMS, INVPCID, no FCS and FDS, RDSEED, ADX, SMAP, CLFLUSHOPT; UMIP,
-      // PKU, LA57, RDPID; fast short REP MOV.
+      // LA57, RDPID; fast short REP MOV.
       CPUIDLeaf(
         function: 7, index: 0, hasIndex: true,
         ebx: bits(0, 1, 3, 7, 8, 9, 10, 13, 18, 19, 20, 23) | avx * bits(5) | host(SOFT_HOST_SHA, 29),
-        ecx: bits(2, 3, 16, 22), edx: bits(4)),
+        ecx: bits(2, 16, 22), edx: bits(4)),
       CPUIDLeaf(function: 0xb, index: 0, hasIndex: true, ebx: 1, ecx: 0x100),
       CPUIDLeaf(
-        function: 0xd, index: 0, hasIndex: true, eax: bits(0, 1, 9) | avx * bits(2), ebx: 576, ecx: 840),
+        function: 0xd, index: 0, hasIndex: true, eax: bits(0, 1) | avx * bits(2), ebx: 576, ecx: 576 + avx * 256),
       // XSAVEOPT, XSAVEC, XGETBV of what is in use, XSAVES.
       CPUIDLeaf(function: 0xd, index: 1, hasIndex: true, eax: bits(0, 1, 2, 3)),
       CPUIDLeaf(function: 0xd, index: 2, hasIndex: true, eax: avx * 256, ebx: avx * 576),
-      CPUIDLeaf(function: 0xd, index: 9, hasIndex: true, eax: 8, ebx: 832),
       // The TSC counts nanoseconds: 1 / 1 of a crystal of 1 GHz.
       CPUIDLeaf(function: 0x15, eax: 1, ebx: 1, ecx: kilohertz * 1000),
       CPUIDLeaf(function: 0x16, eax: kilohertz / 1000, ebx: kilohertz / 1000, ecx: kilohertz / 1000),

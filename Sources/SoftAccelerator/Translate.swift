@@ -60,11 +60,19 @@ extension Processor {
       default: break
       }
       if let fast = fastOperation(i, next: ip &+ UInt64(i.length)) { return fast }
+      if i.isX87OrVector {
+        if let fast = fastVectorOperation(i, next: ip &+ UInt64(i.length)) { return fast }
+        return FastOperation(code: .vector, address: store(i))
+      }
     }
+    return FastOperation(code: i.staysInBlock ? .generic : .genericEnd, address: store(i))
+  }
+
+  /// Keeps an instruction for as long as its block; returns its address.
+  private func store(_ i: Instruction) -> UInt64 {
     let stored = blocks.allocate(Instruction.self, count: 1)
     stored.initialize(to: i)
-    return FastOperation(
-      code: i.staysInBlock ? .generic : .genericEnd, address: UInt64(UInt(bitPattern: stored)))
+    return UInt64(UInt(bitPattern: stored))
   }
 }
 

@@ -21,6 +21,7 @@ enum ExitStatus: Int32 {
 enum Failure: Error {
   case unknownGuest(String, known: [String])
   case guestsNotBuilt(searched: [String])
+  case linuxNotFetched(searched: [String])
   case badSize(option: String, value: String)
   case badValue(option: String, value: String, expected: String)
   case engineMissing(String, reason: String)
@@ -33,7 +34,7 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .input: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
     case .badSize, .badValue: .usage
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
@@ -73,6 +74,8 @@ enum Failure: Error {
       "no guest or file is called \(name); bundled guests: \(known.joined(separator: ", "))"
     case .guestsNotBuilt(let searched):
       "the bundled guests are not built (looked in \(searched.joined(separator: ", "))): run scripts/build-guests"
+    case .linuxNotFetched(let searched):
+      "Linux's files are missing (looked in \(searched.joined(separator: ", "))): run scripts/fetch-linux"
     case .badSize(let option, let value):
       "\(option) \(value): not a size; give bytes, or a number with K, M or G, such as 256M"
     case .badValue(let option, let value, let expected): "\(option) \(value): expected \(expected)"

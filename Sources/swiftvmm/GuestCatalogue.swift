@@ -35,6 +35,16 @@ struct GuestCatalogue {
     return found.path
   }
 
+  /// Debian's kernel and an initramfs, as `scripts/fetch-linux` leaves them beside the guests.
+  static func linux() throws(Failure) -> (kernel: String, initramfs: String) {
+    let folders = searchPath().map { "\($0)/../linux" }
+    for folder in folders {
+      let files = (kernel: "\(folder)/vmlinuz", initramfs: "\(folder)/initramfs.gz")
+      if access(files.kernel, R_OK) == 0, access(files.initramfs, R_OK) == 0 { return files }
+    }
+    throw .linuxNotFetched(searched: folders)
+  }
+
   private static func searchPath() -> [String] {
     var folders: [String] = []
     if let value = getenv("SWIFTVMM_GUESTS") { folders.append(String(cString: value)) }

@@ -8,6 +8,7 @@ import JSON
 import Machine
 import Monitor
 import PlatformDevices
+import SoftAccelerator
 
 /// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
 struct RunSession {
@@ -50,6 +51,7 @@ struct RunSession {
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
     accelerator = try options.engine.open()
+    if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
   }
 

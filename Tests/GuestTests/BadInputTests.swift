@@ -10,7 +10,7 @@ struct BadInputTests {
   ) throws {
     let result = try VMM.run(arguments)
     #expect(result.status == status, "\(arguments): \(result.errors)", sourceLocation: location)
-    let lines = result.errors.split(separator: "\n").filter { !$0.contains("emulates ring 0") }
+    let lines = result.errors.split(separator: "\n").filter { !$0.hasPrefix("swiftvmm: engine ") }
     #expect(lines.count == 1, "\(result.errors)", sourceLocation: location)
     #expect(result.errors.contains(text), "\(result.errors)", sourceLocation: location)
     #expect(result.output.isEmpty, sourceLocation: location)
@@ -42,11 +42,25 @@ struct BadInputTests {
     try fails(["run", path], status: 66, naming: path)
   }
 
-  @Test(.enabled(if: getuid() != 0, "root can read everything")) func unreadable() throws {
+  @Test func unreadable() throws {
     let folder = try TemporaryFolder()
     let path = try folder.file("secret", bootSector([0xf4]))
     chmod(path, 0)
-    try fails(["run", path], status: 66, naming: path)
+    guard getuid() == 0 else { return try fails(["run", path], status: 66, naming: path) }
+    // Root can read everything, so somebody without rights runs a copy that everybody may run.
+    chmod(folder.path, 0o755)
+    let program = folder.path + "/swiftvmm"
+    try FileManager.default.copyItem(atPath: VMM.path, toPath: program)
+    let process = Process()
+    let errors = Pipe()
+    process.executableURL = URL(fileURLWithPath: "/usr/bin/setpriv")
+    process.arguments = ["--reuid=65534", "--regid=65534", "--clear-groups", program, "run", path]
+    process.standardError = errors
+    try process.run()
+    let text = String(decoding: errors.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+    process.waitUntilExit()
+    #expect(process.terminationStatus == 66)
+    #expect(text.split(separator: "\n").count == 1 && text.contains("\(path): Permission denied"), "\(text)")
   }
 
   @Test func missingInitialRAMDisk() throws {
@@ -89,9 +103,5 @@ struct BadInputTests {
     try fails(
       ["run", "hello", "--engine", "kvm", "--control", "unix:\(path)", "--serial", "none"], status: 74, naming: path)
     #expect(access(path, F_OK) == 0, "the first machine's socket must stay")
-  }
-
-  @Test func softwareEngineIsNamedWhereItIsMissing() throws {
-    try fails(["run", "hello", "--engine", "soft"], status: 69, naming: "soft")
   }
 }

@@ -1,3 +1,4 @@
+import Boot
 import Foundation
 import Testing
 
@@ -24,12 +25,39 @@ struct SampleGuestTests {
 
   @Test func realmodeBootsThroughTheFirmware() throws { try passes("realmode") }
   @Test func firmwareServicesAnswer() throws { try passes("services") }
+
+  @Test func aKernelOnADiskStartsThroughTheFirmware() throws {
+    let folder = try TemporaryFolder()
+    let kernel = try BootImage(path: VMM.checkout + "/build/guests/hello.elf")
+    let disk = try folder.file("disk.img", BootDisk.image(kernel: kernel, commandLine: "from=disk"))
+    let result = try VMM.run("run", disk, "--engine", "kvm", "--time-limit", "60")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("hello from long mode"))
+    #expect(result.output.contains("from=disk"))
+  }
   @Test(arguments: [1, 2, 4]) func ticks(cpus: Int) throws { try passes("ticks", cpus: cpus) }
-  @Test(arguments: [1, 2, 4]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
+  @Test(arguments: [1, 2, 4, 16]) func smp(cpus: Int) throws { try passes("smp", cpus: cpus) }
+  @Test func asManyCPUsAsThereCanBe() throws {
+    let result = try VMM.run("run", "hello", "--engine", "kvm", "--cpus", "254", "--time-limit", "60")
+    #expect(result.status == 0, "\(result.errors)")
+    #expect(result.output.contains(", 254 in the MADT"))
+  }
+
   @Test(arguments: [1, 2, 4]) func ring3(cpus: Int) throws { try passes("ring3", cpus: cpus) }
   @Test(arguments: [("64M", 1), ("256M", 2), ("5G", 4)])
   func memory(size: String, cpus: Int) throws { try passes("memory", cpus: cpus, "--memory", size) }
   @Test func pci() throws { try passes("pci") }
+
+  @Test(arguments: ["off", "split"], [1, 2, 4])
+  func interruptControllersInTheVMM(_ controllers: String, cpus: Int) throws {
+    for guest in ["hello", "services", "ticks", "smp"] {
+      try passes(guest, cpus: cpus, "--kernel-irqchip", controllers)
+    }
+  }
+  @Test(arguments: ["on", "split", "off"], [8, 16])
+  func manyProcessors(_ controllers: String, cpus: Int) throws {
+    try passes("smp", cpus: cpus, "--kernel-irqchip", controllers)
+  }
 
   @Test func aCheckThatFailsEndsWithStatusThree() throws {
     let result = try VMM.run("run", "exits", "--engine", "kvm", "--append", "count=0", "--time-limit", "60")
@@ -38,6 +66,31 @@ struct SampleGuestTests {
   }
 
   @Test func exits() throws { try passes("exits", cpus: 1, "--append", "count=200") }
+
+  @Test func everyLoopOfCPUCountsAndChecksItself() throws {
+    let result = try VMM.run("run", "cpu", "--engine", "kvm", "--time-limit", "120")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    var instructions: [String: Int] = [:]
+    for line in result.output.split(whereSeparator: \.isNewline) {
+      let row = try #require(try JSONSerialization.jsonObject(with: Data(line.utf8)) as? [String: Any], "\(line)")
+      guard let loop = row["loop"] as? String else { continue }
+      #expect((row["nanoseconds"] as? Int ?? 0) > 0, "\(line)")
+      #expect((row["cycles"] as? Int ?? 0) > 0, "\(line)")
+      instructions[loop] = row["instructions"] as? Int
+    }
+    let expected = [
+      "alu": 20009, "calls": 3948, "branchy": 15005, "chase": 1283, "copy": 12290, "rep-movsq": 3, "cr3": 5243,
+    ]
+    #expect(instructions == expected)
+  }
+
+  @Test func oneLoopOfCPUAlone() throws {
+    let append = "loop=calls calls=5 milliseconds=20"
+    let result = try VMM.run("run", "cpu", "--engine", "kvm", "--append", append, "--time-limit", "120")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("\"checksum\":\"0x5\""))
+    #expect(!result.output.contains("alu"))
+  }
 
   @Test func twoHundredStartsWithoutOneFailure() throws {
     for round in 0..<200 {

@@ -30,9 +30,10 @@ struct MachineTests {
     #expect(small.machine.state == .shutdown)
   }
 
-  @Test func pausesAndResumesABusyGuest() throws {
+  @Test(arguments: InterruptControllerModel.allCases)
+  func pausesAndResumesABusyGuest(_ controllers: InterruptControllerModel) throws {
     // inc ebx; jmp back
-    let small = try SmallMachine([0x43, 0xeb, 0xfd])
+    let small = try SmallMachine([0x43, 0xeb, 0xfd], controllers: controllers)
     let machine = small.machine
     let events = Mutex<[String]>([])
     machine.addListener { event in events.withLock { $0.append("\(event)") } }
@@ -53,14 +54,15 @@ struct MachineTests {
     #expect(events.withLock { $0 }.filter { $0 == "stopped" }.count == 50)
   }
 
-  @Test func resetStartsTheGuestAgain() throws {
+  @Test(arguments: InterruptControllerModel.allCases)
+  func resetStartsTheGuestAgain(_ controllers: InterruptControllerModel) throws {
     // First pass: the flag at 0x2000 is clear: set it and ask for a reset. Second pass: exit with 0x42.
     let code: [UInt8] =
       [0x80, 0x3d, 0x00, 0x20, 0x00, 0x00, 0x00, 0x75, 0x0d] + [0xc6, 0x05, 0x00, 0x20, 0x00, 0x00, 0x01] + [
         0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe,
       ]
       + ask(0x42)
-    let small = try SmallMachine(code)
+    let small = try SmallMachine(code, controllers: controllers)
     let resets = Atomic(0)
     small.machine.addListener { if case .reset(byGuest: true) = $0 { resets.add(1, ordering: .relaxed) } }
     try small.machine.start(paused: false)
@@ -86,13 +88,14 @@ struct MachineTests {
     #expect(text.contains("page walk of RIP: paging is off"))
   }
 
-  @Test func stateSavedInOneMachineGoesOnInAnother() throws {
+  @Test(arguments: InterruptControllerModel.allCases)
+  func stateSavedInOneMachineGoesOnInAnother(_ controllers: InterruptControllerModel) throws {
     // Counts in ebx and writes bl to port 0x80; at 100 it polls that port until it reads something other than 0;
     // at 255 it exits. Only the second machine answers, so the first is surely saved in the middle.
     let code: [UInt8] =
       [0x43, 0x88, 0xd8, 0xe6, 0x80, 0x80, 0xfb, 0x64, 0x75, 0x06, 0xe4, 0x80, 0x84, 0xc0, 0x74, 0xfa]
       + [0x80, 0xfb, 0xff, 0x75, 0xeb] + ask(0x11)
-    let first = try SmallMachine(code)
+    let first = try SmallMachine(code, controllers: controllers)
     try first.machine.start(paused: false)
     _ = first.recorder.written.wait { $0.count >= 3 ? true : nil }
     first.machine.pause()
@@ -102,7 +105,7 @@ struct MachineTests {
     first.machine.finish(.quit)
     _ = first.machine.waitUntilOver()
 
-    let second = try SmallMachine(code)
+    let second = try SmallMachine(code, controllers: controllers)
     second.recorder.answer.store(1, ordering: .relaxed)
     try second.machine.start(paused: true)
     try second.machine.memory.write(ram, to: .init(0))

@@ -36,6 +36,8 @@ final class NativeOracle {
   let processor: Processor
   let memory: UnsafeMutableRawPointer
   let native: UnsafeMutablePointer<native_state>
+  /// Where the next block goes in the last page of memory.
+  private var codePosition = 0
 
   /// nil, with the reason printed, where the host cannot tell.
   init?() {
@@ -174,11 +176,34 @@ final class NativeOracle {
 
   /// Executes on the software CPU.
   func runSoft(_ instruction: Instruction, _ state: State) -> State {
+    run(state, at: 0x1000) { processor throws(Interruption) in try processor.execute(instruction) }
+  }
+
+  /// Executes on the software CPU in a block, as its fast operation where it has one; HLT follows, a #GP in ring 3.
+  func runBlock(_ bytes: [UInt8], _ state: State) -> State {
+    if codePosition > 0xfe0 {
+      processor.forgetAllCode()
+      codePosition = 0
+    }
+    let ip = Self.memoryAddress + 0x3000 + UInt64(codePosition)
+    (memory + 0x3000 + codePosition).copyMemory(from: bytes + [0xf4], byteCount: bytes.count + 1)
+    codePosition += bytes.count + 1
+    var result = run(state, at: ip) { processor throws(Interruption) in
+      processor.cpu.pointee.budget = 1000
+      while true { try processor.runBlocks() }
+    }
+    if processor.cpu.pointee.rip != ip { result.vector = -1 }
+    return result
+  }
+
+  private func run(
+    _ state: State, at ip: UInt64, _ body: (Processor) throws(Interruption) -> Void
+  ) -> State {
     write(state.memory)
     let cpu = processor.cpu
     for index in 0..<16 { processor.general[index] = state.general[index] }
     processor.rflags = state.flags | Self.alwaysOn
-    cpu.pointee.rip = 0x1000
+    cpu.pointee.rip = ip
     cpu.pointee.fpu_control = state.control
     cpu.pointee.fpu_status = state.status
     cpu.pointee.fpu_valid = state.valid
@@ -190,7 +215,7 @@ final class NativeOracle {
     for index in 0..<16 { soft_vector(cpu, index).copyMemory(from: state.vectors[index], byteCount: 32) }
     var result = State()
     do throws(Interruption) {
-      try processor.execute(instruction)
+      try body(processor)
     } catch {
       switch error {
       case .exception(let vector), .fault(let vector, _): result.vector = Int(vector.rawValue)

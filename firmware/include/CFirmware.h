@@ -7,3 +7,7 @@ extern const uint8_t swiftvmm_boot_rom_end[];
 // Swift does not import arrays without a size.
 static inline const uint8_t *swiftvmm_boot_rom_start_address(void) { return swiftvmm_boot_rom_start; }
 static inline long swiftvmm_boot_rom_size(void) { return swiftvmm_boot_rom_end - swiftvmm_boot_rom_start; }
+
+// The first sector of a disk that starts a PVH kernel on other machines' BIOS (bootdisk.S).
+extern const uint8_t swiftvmm_boot_disk_start[];
+static inline const uint8_t *swiftvmm_boot_disk_start_address(void) { return swiftvmm_boot_disk_start; }

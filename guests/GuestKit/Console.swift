@@ -51,6 +51,12 @@ enum Console {
     gathered = 0
   }
 
+  /// Waits until the last bit has left: a machine that is switched off takes what is left with it.
+  static func drain() {
+    flush()
+    while inb(port + 5) & 0x40 == 0 { cpu_pause() }
+  }
+
   static func write(decimal value: UInt64) {
     if value >= 10 { write(decimal: value / 10) }
     write(UInt8(truncatingIfNeeded: value % 10) + 48)

@@ -4,7 +4,7 @@ import CGuest
 enum Power {
   /// ACPI soft off (S5). The VMM's exit status is 0.
   static func off() -> Never {
-    Console.flush()
+    Console.drain()
     guard let fadt = ACPI.find("FACP") else {
       say("FAIL power-off: no FADT")
       fail()
@@ -29,7 +29,7 @@ enum Power {
 
   /// The debug-exit port: the VMM's exit status is `value * 2 + 1`.
   static func debugExit(_ value: UInt8) -> Never {
-    Console.flush()
+    Console.drain()
     outb(0xf4, value)
     halt()
   }

@@ -27,7 +27,8 @@ struct PVHLoader: BootLoader {
     return state
   }
 
-  private static func entry(_ elf: ELFImage) throws(BootError) -> UInt64 {
+  /// The address that the note names.
+  static func entry(_ elf: ELFImage) throws(BootError) -> UInt64 {
     let note = elf.pvhNote ?? []
     switch note.count {
     case 4: return UInt64(note.number(at: 0, as: UInt32.self) ?? 0)

@@ -48,6 +48,14 @@ static inline soft_unit_code _Nonnull soft_unit_entry(const soft_unit *_Nonnull 
                           unit->stride[form] * (variant & unit->mask[form]));
 }
 
+// A unit's code as a number, and running it on two sources: what fast operations do.
+static inline uint64_t soft_unit_address(const soft_unit *_Nonnull unit, long form, long variant) {
+  return (uint64_t)soft_unit_entry(unit, form, variant);
+}
+static inline uint64_t soft_run_at(uint64_t code, void *_Nonnull result, const void *_Nonnull a, const void *_Nonnull b) {
+  return ((soft_unit_code)code)(result, a, b, a, 0, 0);
+}
+
 // Runs a unit that knows nothing of MXCSR.
 static inline uint64_t soft_run(
     soft_unit_code _Nonnull code, void *_Nonnull result, const void *_Nonnull a, const void *_Nonnull b,

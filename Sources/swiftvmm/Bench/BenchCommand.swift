@@ -7,7 +7,7 @@ struct BenchCommand: ParsableCommand {
     abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
     discussion: "Example: swiftvmm bench start exits --json")
 
-  @Argument(help: "start, exits; all of them without a name.")
+  @Argument(help: "start, exits, cpu, linux-boot; all of them without a name.")
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -33,12 +33,15 @@ struct BenchCommand: ParsableCommand {
 
 /// The catalogue of benchmarks: a new one is a case here and a file beside this one.
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
-  case start, exits
+  case start, exits, cpu
+  case linuxBoot = "linux-boot"
 
   var title: String {
     switch self {
     case .start: "start: process start to guest exit"
     case .exits: "exits: what leaving the guest costs"
+    case .cpu: "cpu: million guest instructions a second; of copies by rep movsq, gigabytes"
+    case .linuxBoot: "linux-boot: process start to userland, and to power-off"
     }
   }
 
@@ -46,6 +49,8 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     switch self {
     case .start: try StartBenchmark(runs: runs).measure()
     case .exits: try ExitsBenchmark(runs: runs).measure()
+    case .cpu: try CPUBenchmark(runs: runs).measure()
+    case .linuxBoot: try LinuxBootBenchmark(runs: runs).measure()
     }
   }
 }

@@ -21,16 +21,13 @@ struct BenchTable {
   }
 
   func text(title: String) -> String {
-    var lines = [title]
-    let width = max(24, (rows.map(\.name.count).max() ?? 0) + 2)
-    let header = columns.map { pad("\($0.name) \($0.unit): median [min-max]", 36) }.joined()
-    lines.append(pad("", width) + header)
-    for row in rows {
-      let cells = zip(columns, row.figures).map { column, samples in
-        pad(samples.map { cell($0, column.digits) } ?? "-", 36)
-      }
-      lines.append(pad(row.name, width) + cells.joined() + row.note)
+    let header = [""] + columns.map { $0.unit.isEmpty ? $0.name : "\($0.name) \($0.unit)" }
+    let cells = rows.map { row in
+      [row.name] + zip(columns, row.figures).map { column, samples in samples.map { cell($0, column.digits) } ?? "-" }
     }
+    let widths = header.indices.map { column in ([header] + cells).map { $0[column].count }.max()! + 2 }
+    func line(_ cells: [String]) -> String { zip(cells, widths).map(pad).joined() }
+    let lines = ["\(title); median [min-max]", line(header)] + zip(rows, cells).map { line($1) + $0.note }
     return (lines + notes.map { "  \($0)" }).joined(separator: "\n") + "\n"
   }
 
@@ -41,7 +38,7 @@ struct BenchTable {
           var object: JSONObject = ["name": .string(row.name)]
           for (column, samples) in zip(columns, row.figures) {
             guard let samples else { continue }
-            object["\(column.name)-\(column.unit)"] = [
+            object[column.unit.isEmpty ? column.name : "\(column.name)-\(column.unit)"] = [
               "median": .number(samples.median), "minimum": .number(samples.minimum),
               "maximum": .number(samples.maximum), "runs": JSONValue(samples.values.count),
             ]

@@ -11,8 +11,8 @@ struct StartBenchmark {
       .init(name: "wall", unit: "ms", digits: 2), .init(name: "cpu", unit: "ms", digits: 2),
       .init(name: "resident", unit: "MiB", digits: 1),
     ])
-    let rom = try writeROM()
-    defer { unlink(rom) }
+    let file = try TemporaryFile(Self.rom)
+    let rom = file.path
     let hello = try GuestCatalogue.path(of: "hello")
     let ours = ["/proc/self/exe", "run", "--engine", "kvm", "--serial", "none"]
     try add(&table, "/bin/true", ["/bin/true"], status: 0)
@@ -61,22 +61,6 @@ struct StartBenchmark {
   }
 
   /// 64 KiB of HLT whose reset vector writes 0x10 to port 0xf4: exit status 33 on both VMMs.
-  private func writeROM() throws(Failure) -> String {
-    var image = [UInt8](repeating: 0xf4, count: 65536)
-    image.replaceSubrange(0xfff0..<0xfff4, with: [0xb0, 0x10, 0xe6, 0xf4])
-    var path = Array("/tmp/swiftvmm-bench-XXXXXX".utf8CString)
-    let file = mkstemp(&path)
-    let name = String(decoding: path.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    guard file >= 0 else { throw .output(path: name, reason: HostError.reason(errno)) }
-    let owner = FileDescriptor(owning: file)
-    do {
-      let result = image.withUnsafeBytes { bytes in
-        Result { () throws(HostError) in try owner.writeAll(bytes) }
-      }
-      try result.get()
-    } catch {
-      throw .output(path: name, reason: "\(error)")
-    }
-    return name
-  }
+  private static let rom: [UInt8] =
+    [UInt8](repeating: 0xf4, count: 0xfff0) + [0xb0, 0x10, 0xe6, 0xf4] + [UInt8](repeating: 0xf4, count: 12)
 }
