@@ -484,8 +484,6 @@ extension Processor {
     let frame = (general[4] &- UInt64(size)) & mask
     let pushed = UInt64(size) &* (1 &+ level)
     let end = (general[4] &- pushed &- UInt64(i.immediate & 0xffff)) & mask
-    // The final stack pointer must be usable too.
-    try checkWrite(linear(2, end, size: Int(size), isWrite: true), count: Int(size))
     var position = frame
     try store(general[5], linear(2, position, size: Int(size), isWrite: true), size: size)
     if level > 0 {
@@ -499,6 +497,8 @@ extension Processor {
       position = (position &- UInt64(size)) & mask
       try store(frame, linear(2, position, size: Int(size), isWrite: true), size: size)
     }
+    // The final stack pointer must be usable too; that is found last.
+    try checkWrite(linear(2, end, size: Int(size), isWrite: true), count: Int(size))
     write(5, frame, size: size)
     write(4, end, size: width)
   }

@@ -20,7 +20,7 @@ extension Processor {
         nextIP = cpu.pointee.rip
         return true
       }
-      let done = try iterateInBulk(i)
+      let done = finishesOnly ? 0 : try iterateInBulk(i)
       if done > 0 {
         write(1, general[1] &- done, size: i.addressSize)
         left &-= Int(done >> 6) &+ 1

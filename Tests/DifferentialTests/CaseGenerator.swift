@@ -256,7 +256,7 @@ struct CaseGenerator {
     if random.oneIn(32) { r.pointee.flags |= 1 << 14 }
     if random.oneIn(32) { r.pointee.flags |= 1 << 21 }
     r.pointee.fs_base = random.oneIn(4) ? 0 : UInt64(NATIVE_DATA) + UInt64(random.below(0x1000))
-    r.pointee.gs_base = isLong && random.oneIn(8) ? 0xffff_8000_1234_0000 : UInt64(NATIVE_DATA)
+    r.pointee.gs_base = isLong && random.oneIn(8) ? 0x7000_1234_0000 : UInt64(NATIVE_DATA)
     let selectors = native_selectors(r)
     for index in 0..<6 { selectors[index] = NativeSelector.data }
     selectors[1] = isLong ? NativeSelector.code64 : NativeSelector.code32

@@ -10,6 +10,7 @@ enum Freedom {
     case .sgdt, .sidt, .sldt, .str, .smsw: "emulated by the kernel where UMIP is on"
     case .rdtsc, .rdtscp, .rdpid, .rdrand, .rdseed, .cpuid, .xgetbv: "another value each time or on each CPU"
     case .vmcall, .vmmcall: "calls the hypervisor"
+    case .int1: "a hypervisor that looks at #DB shows RIP before it"
     case .monitor, .mwait, .monitorx, .mwaitx: "outside ring 0 as the host's system software chose"
     case .xsave, .xsave64, .xsaveopt, .xsaveopt64, .xsavec, .xsavec64, .xrstor, .xrstor64:
       "depends on XCR0 and on which components the CPU takes for unused"
@@ -30,10 +31,49 @@ enum Freedom {
     // Near branches with 66 in 64-bit mode: AMD cuts RIP to 16 bits, Intel ignores the prefix (SDM vol. 2, Jcc).
     case .call, .jmp, .ret, .loop, .loope, .loopne, .jrcxz, .jecxz, .jcxz, .jo, .jno, .jb, .jae, .je, .jne, .jbe, .ja,
       .js, .jns, .jp, .jnp, .jl, .jge, .jle, .jg:
-      i.mode == .code64 && i.prefixes.contains(.operandSize)
+      i.mode == .code64 && i.prefixes.contains(.operandSize) || i.mode == .code64 && isFarPointer(i)
+        // AMD lets F2 and F3 choose the condition of LOOPcc; the manuals reserve them.
+        || (i.opcode & 0xfe == 0xe0 && i.opcodeMap == 0 && (i.prefixes.contains(.rep) || i.prefixes.contains(.repne)))
+    case .lss, .lfs, .lgs: i.mode == .code64 && isFarPointer(i)
     default: false
     }
   }
+
+  /// Far pointers with 64-bit offsets: Intel's only (APM vol. 3, CALL Far, LFS).
+  private static func isFarPointer(_ i: Instruction) -> Bool {
+    i.rex & 8 != 0 && (0..<2).contains { i.operands[$0].kind == .memory && i.operands[$0].size == 10 }
+  }
+
+  /// Whether the sides may end a case differently: what the manuals say nothing about. Vectors are those of exceptions,
+  /// 1 where the instruction completed.
+  static func permits(
+    _ i: Instruction, _ before: UnsafeMutablePointer<native_registers>, _ soft: Int32, _ native: Int32
+  ) -> Bool {
+    let memory: Set<Int32> = [12, 13, 14, 17]
+    guard soft != 1 || native != 1, memory.contains(soft) || memory.contains(native) else { return false }
+    let bothFault = memory.contains(soft) && memory.contains(native)
+    let isX87 = i.opcodeMap == 0 && i.opcode & 0xf8 == 0xd8
+    let isVector = i.operation.feature != .base
+    // Unaligned accesses with AC set: AMD looks at alignment before the page, and at that of more than 8 bytes.
+    if before.pointee.flags & 1 << 18 != 0, soft == 17 || native == 17, bothFault || isX87 || isVector { return true }
+    // AMD's SHA instructions take operands at any address.
+    if i.operation.feature == .sha, soft == 13 { return true }
+    // A misaligned operand that also crosses the segment's limit.
+    if isVector, bothFault, soft != native, soft != 14, native != 14 { return true }
+    switch i.operation.mnemonic {
+    // In which order an instruction's accesses are made, and which of them before it faults, is the processor's own.
+    case .cmps, .retf, .iret, .pusha, .popa, .fxrstor, .fxrstor64, .arpl: return bothFault
+    // AMD has left x87's state by then.
+    case .maskmovq: return bothFault && soft == native
+    // AMD looks at the destination before it knows that an unmasked exception keeps it from being written.
+    case .fst, .fstp, .fist, .fistp, .fisttp, .fbstp: return soft == 1 && memory.contains(native)
+    case .vcvtps2ph: return soft == 19 && memory.contains(native)
+    default: return false
+    }
+  }
+
+  /// Bits of general registers that are undefined: LAR's 19:16.
+  static func undefinedBits(_ i: Instruction) -> UInt64 { i.operation.mnemonic == .lar ? 0xf_0000 : 0 }
 
   /// The status flags that an instruction leaves undefined (SDM vol. 2 and APM vol. 3, each instruction's "Flags
   /// Affected"), where either manual does.
@@ -75,7 +115,7 @@ enum Freedom {
     return count & (i.operands[0].size == 8 ? 63 : 31)
   }
 
-  /// The general register whose value is undefined, if any: BSF and BSR of zero; SHLD and SHRD by more than the size.
+  /// The general register whose value is undefined, if any: SHLD and SHRD by more than the size.
   static func undefinedRegister(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> Int? {
     switch i.operation.mnemonic {
     case .shld, .shrd:
@@ -89,6 +129,8 @@ enum Freedom {
   static func isMemoryUndefined(_ i: Instruction, _ before: UnsafeMutablePointer<native_registers>) -> Bool {
     switch i.operation.mnemonic {
     case .shld, .shrd: i.operands[0].kind == .memory && i.operands[0].size == 2 && count(i, before) > 16
+    // The bytes beside the selector: written as zeros by some, left alone by others (SDM vol. 2, PUSH).
+    case .push: i.operands[0].register.class == .segment
     default: false
     }
   }

@@ -104,11 +104,12 @@ final class SoftSide {
     processor.segments[SegmentIndex.tr] = soft_segment(
       base: Self.kernel + 0x800, limit: 0x67, selector: 0x40, attributes: 0x8b)
     memory.storeBytes(of: Self.kernel + 0x3000, toByteOffset: Self.descriptors + 0x804, as: UInt64.self)
-    for vector in [1, 3, 4] {
+    // No permission bitmap.
+    memory.storeBytes(of: 0x8000, toByteOffset: Self.descriptors + 0x866, as: UInt16.self)
+    for vector in [3, 4] {
       let handler = Self.handlers + UInt64(vector * 16)
-      let rights: UInt64 = vector == 1 ? 0x8e : 0xee
       put(
-        handler & 0xffff | 0x10 << 16 | rights << 40 | (handler >> 16 & 0xffff) << 48, Self.interrupts + vector * 16)
+        handler & 0xffff | 0x10 << 16 | 0xee << 40 | (handler >> 16 & 0xffff) << 48, Self.interrupts + vector * 16)
       put(handler >> 32, Self.interrupts + vector * 16 + 8)
     }
   }
@@ -166,7 +167,6 @@ final class SoftSide {
     }
   }
 
-  /// The bytes of data after a case, for its report: valid only while nothing else has run.
   private func load(_ from: inout native_registers) {
     let cpu = processor.cpu
     let general = native_general(&from)
