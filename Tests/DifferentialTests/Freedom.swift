@@ -62,7 +62,7 @@ enum Freedom {
     if isVector, bothFault, soft != native, soft != 14, native != 14 { return true }
     switch i.operation.mnemonic {
     // In which order an instruction's accesses are made, and which of them before it faults, is the processor's own.
-    case .cmps, .retf, .iret, .pusha, .popa, .fxrstor, .fxrstor64, .arpl: return bothFault
+    case .cmps, .call, .retf, .iret, .pusha, .popa, .fxrstor, .fxrstor64, .fldenv, .frstor, .arpl: return bothFault
     // AMD has left x87's state by then.
     case .maskmovq: return bothFault && soft == native
     // AMD looks at the destination before it knows that an unmasked exception keeps it from being written.

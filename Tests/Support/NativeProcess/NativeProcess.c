@@ -21,7 +21,7 @@
 #define TF 0x100ull
 
 static native_arena *arena;
-static uint8_t *code;  // Writable.
+static uint8_t *code, *data;  // Writable.
 static uint32_t batch, position;
 static uint16_t repetitions;
 static int started, handling;
@@ -101,9 +101,12 @@ BARE static void take(native_result *result, ucontext_t *context) {
   result->vector = (int32_t)registers[REG_TRAPNO];
   result->error = (uint32_t)registers[REG_ERR];
   result->address = (uint64_t)registers[REG_CR2];
-  uint8_t *data = (uint8_t *)NATIVE_DATA;
   native_changes(arena->data, data, result);
   copy(data + result->first, arena->data + result->first, result->end - result->first);
+}
+
+BARE static void set_static_flags(uint64_t flags) {
+  __asm__ volatile("push %0\n\tpopfq" : : "r"((flags & STATIC_FLAGS) | 0x202) : "cc", "memory");
 }
 
 BARE static void load(const native_case *from, ucontext_t *context) {
@@ -133,7 +136,7 @@ BARE static void load(const native_case *from, ucontext_t *context) {
   uint64_t offset = r->rip - NATIVE_CODE;
   for (int i = 0; i < from->length && offset + (uint64_t)i < NATIVE_CODE_SIZE; i++) code[offset + (uint64_t)i] = from->code[i];
   repetitions = from->repetitions;
-  __asm__ volatile("push %0\n\tpopfq" : : "r"((r->flags & STATIC_FLAGS) | 0x202) : "cc", "memory");
+  set_static_flags(r->flags);
 }
 
 BARE static void handle(int signal, siginfo_t *info, void *argument) {
@@ -150,6 +153,7 @@ BARE static void handle(int signal, siginfo_t *info, void *argument) {
         repetitions) {
       repetitions--;
       handling = 0;
+      set_static_flags((uint64_t)context->uc_mcontext.gregs[REG_EFL]);
       return;
     }
     take(&arena->results[batch & 1][position], context);
@@ -169,7 +173,7 @@ BARE static void handle(int signal, siginfo_t *info, void *argument) {
     batch++;
     position = 0;
     // Another seed's data, perhaps.
-    copy((void *)NATIVE_DATA, arena->data, NATIVE_WRITABLE_SIZE);
+    copy(data, arena->data, NATIVE_DATA_SIZE);
   }
   handling = 0;
   load(&arena->cases[batch & 1][position], context);
@@ -187,8 +191,7 @@ static void become(int file, pid_t parent) {
   map(NATIVE_CODE, NATIVE_CODE_SIZE, PROT_READ | PROT_EXEC, file, 0);
   code = map(0, NATIVE_CODE_SIZE, PROT_READ | PROT_WRITE, file, 0);
   memset(code, NATIVE_FILLER, NATIVE_CODE_SIZE);
-  uint8_t *data = map(0, NATIVE_DATA_SIZE, PROT_READ | PROT_WRITE, file, NATIVE_CODE_SIZE);
-  memcpy(data, arena->data, NATIVE_DATA_SIZE);
+  data = map(0, NATIVE_DATA_SIZE, PROT_READ | PROT_WRITE, file, NATIVE_CODE_SIZE);
   map(NATIVE_DATA, NATIVE_WRITABLE_SIZE, PROT_READ | PROT_WRITE, file, NATIVE_CODE_SIZE);
   map(NATIVE_DATA + NATIVE_WRITABLE_SIZE, NATIVE_DATA_SIZE - NATIVE_WRITABLE_SIZE, PROT_READ, file,
       NATIVE_CODE_SIZE + NATIVE_WRITABLE_SIZE);
