@@ -122,7 +122,10 @@ let package = Package(
     .target(name: "TestGuests", path: "Tests/Support/TestGuests"),
     tests(
       "AcceleratorConformance",
-      ["Accelerator", "GuestMemory", "Host", "KVMAccelerator", "SoftAccelerator", "StateTree", "TestGuests"]),
+      [
+        "Accelerator", "GuestMemory", "Host", "KVMAccelerator", "MemoryViews", "SoftAccelerator", "StateTree",
+        "TestGuests",
+      ]),
     tests(
       "MachineTests",
       [

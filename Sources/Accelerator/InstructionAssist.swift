@@ -9,6 +9,7 @@ public protocol InstructionAssist: Sendable {
   /// - Parameters:
   ///   - vcpu: a vCPU that does not run.
   ///   - handle: answers the accesses to devices that the instruction makes.
+  /// - Throws: what the vCPU, or `handle`, throws.
   /// - Returns: false where it cannot be executed here either; nothing has changed then.
   func execute(
     _ vcpu: any VirtualCPU, handle: (VCPUExit) throws(AcceleratorError) -> Void

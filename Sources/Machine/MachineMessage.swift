@@ -54,7 +54,7 @@ enum MachineMessage {
     case .crash(.emulationFailure, let vcpu):
       [
         "the guest crashed: vCPU \(vcpu) met an instruction that this host's KVM cannot execute",
-        "without VMX or SVM, KVM emulates ring 0 and lacks this instruction; run the guest on a host with VMX or SVM",
+        "KVM emulates ring 0 without VMX or SVM and lacks this instruction, and so does the software CPU; try --engine soft",
       ]
     case .crash(.memoryFault(let address), let vcpu):
       [

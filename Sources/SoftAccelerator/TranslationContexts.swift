@@ -156,6 +156,9 @@ extension Processor {
     tlb.initializeMemory(as: UInt8.self, repeating: 0, count: size)
   }
 
+  /// The TLB's entry for a page. Higher bits are mixed in, since programs copy between buffers a power of two apart.
   @inline(__always)
-  static func tlbIndex(_ linear: UInt64) -> Int { Int(linear >> 12 & UInt64(SOFT_TLB_ENTRIES &- 1)) }
+  static func tlbIndex(_ linear: UInt64) -> Int {
+    Int((linear >> 12 ^ linear >> UInt64(12 &+ SOFT_TLB_BITS)) & UInt64(SOFT_TLB_ENTRIES &- 1))
+  }
 }

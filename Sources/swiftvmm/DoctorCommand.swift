@@ -93,7 +93,7 @@ struct DoctorCommand: ParsableCommand {
         Finding(
           subject: "kvm", state: .limited,
           value: "paravirtual: no VMX or SVM, the kernel emulates ring 0 at 1-2 million instructions a second",
-          remedy: "sample guests run; a real operating system needs a host with VMX or SVM"))
+          remedy: "--engine auto takes the software CPU, which runs real operating systems"))
     }
     let names: [(AcceleratorCapabilities, String)] = [
       (.readOnlyMemory, "read-only memory"), (.dirtyLog, "dirty log"), (.dirtyRing, "dirty ring"),

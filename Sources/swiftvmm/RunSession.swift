@@ -6,9 +6,9 @@ import Glibc
 import Host
 import JSON
 import Machine
-import SoftAccelerator
 import Monitor
 import PlatformDevices
+import SoftAccelerator
 
 /// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
 struct RunSession {

@@ -13,14 +13,19 @@ struct VMM {
   static let isBuilt = access(path, X_OK) == 0 && access(checkout + "/build/guests/index.txt", R_OK) == 0
 
   /// Runs it with no input; `--time-limit` of the guest is the only limit, so that no test hangs.
-  static func run(_ arguments: String..., input: String? = nil) throws -> VMM {
-    try run(arguments, input: input)
+  static func run(
+    _ arguments: String..., input: String? = nil, environment: [String: String] = [:]
+  ) throws -> VMM {
+    try run(arguments, input: input, environment: environment)
   }
 
-  static func run(_ arguments: [String], input: String? = nil) throws -> VMM {
+  static func run(
+    _ arguments: [String], input: String? = nil, environment: [String: String] = [:]
+  ) throws -> VMM {
     let process = Process()
     process.executableURL = URL(fileURLWithPath: path)
     process.arguments = arguments
+    process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
     let output = Pipe()
     let errors = Pipe()
     process.standardOutput = output
