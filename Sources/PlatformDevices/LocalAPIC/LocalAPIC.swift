@@ -29,7 +29,8 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
     /// The PIC's interrupt, asked for by a message instead of its line.
     static let external: UInt32 = 8
     /// A second NMI, before the first was taken: a processor takes the first at once and keeps the second.
-    static let secondNonMaskable: UInt32 = 16
+    static let secondNonMaskable: UInt32 = nonMaskable << secondShift
+    static let secondShift: UInt32 = 4
     static let vectorShift: UInt32 = 8
   }
 
@@ -99,9 +100,7 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
     switch mode {
     case .fixed, .lowestPriority:
       if isSoftwareEnabled { accept(vector: vector, isLevel: isLevel) }
-    case .nonMaskable:
-      let isSecond = events.load(ordering: .relaxed) & Events.nonMaskable != 0
-      post(isSecond ? Events.nonMaskable | Events.secondNonMaskable : Events.nonMaskable)
+    case .nonMaskable: post(Events.nonMaskable)
     case .initialize: post(Events.initialize, clearing: Events.startUp)
     case .startUp: post(Events.startUp | UInt32(vector) << Events.vectorShift, clearing: 0xff << Events.vectorShift)
     case .external: post(Events.external)
@@ -130,7 +129,8 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
     var old = events.load(ordering: .relaxed)
     while true {
       let (done, seen) = events.weakCompareExchange(
-        expected: old, desired: old & ~cleared | bits, ordering: .sequentiallyConsistent)
+        expected: old, desired: old & ~cleared | bits | (old & bits & Events.nonMaskable) << Events.secondShift,
+        ordering: .sequentiallyConsistent)
       if done { break }
       old = seen
     }
