@@ -77,6 +77,7 @@ extension Machine {
     }
     if events.nonMaskable {
       try vcpu.injectNMI()
+      if events.secondNonMaskable { try vcpu.injectNMI() }
       if presence.activity == .halted { presence.activity = .runnable }
     }
   }

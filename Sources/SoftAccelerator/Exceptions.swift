@@ -28,10 +28,13 @@ extension Processor {
     }
   }
 
+  /// Makes a non-maskable interrupt pending: one waits while another is being handled, two otherwise.
+  func postNMI() { pendingNMIs = min(pendingNMIs + 1, cpu.pointee.nmi_masked ? 1 : 2) }
+
   /// Delivers a non-maskable interrupt.
   func deliverNMI() -> PendingExit? {
     if let exit = deliver(Event(vector: 2, returnIP: cpu.pointee.rip), as: nil) {
-      isNMIPending = true
+      pendingNMIs += 1
       return exit
     }
     cpu.pointee.nmi_masked = true
@@ -48,6 +51,7 @@ extension Processor {
   /// Delivers an exception at the current instruction.
   private func raise(_ vector: ExceptionVector, _ errorCode: UInt32?) -> PendingExit? {
     var event = Event(vector: vector.rawValue, errorCode: errorCode, returnIP: cpu.pointee.rip)
+    let due = pendingDebug
     switch vector {
     case .debug:
       recordDebugException()
@@ -56,7 +60,10 @@ extension Processor {
       event.isFault = true
     default: event.isFault = true
     }
-    return deliver(event, as: vector)
+    let exit = deliver(event, as: vector)
+    // A trap that cannot be delivered yet would not be raised again.
+    if exit != nil, vector == .debug { pendingDebug = due }
+    return exit
   }
 
   /// Delivers an event; `exception` is its class for double faults, nil for interrupts.

@@ -76,8 +76,8 @@ final class Processor: @unchecked Sendable {
   private let kicked = Atomic(false)
   /// The state says that the CPU waits for an interrupt: it says so when it runs next.
   var isHalted = false
-  /// A non-maskable interrupt waits.
-  var isNMIPending = false
+  /// Non-maskable interrupts that wait: up to two, since the first may be taken at once.
+  var pendingNMIs = 0
   /// An external interrupt that the VMM put at the INTR pin itself.
   var pendingInterrupt: UInt8?
   /// The VMM wants to know when an interrupt could be taken.

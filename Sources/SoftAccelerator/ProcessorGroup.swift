@@ -13,6 +13,11 @@ final class ProcessorGroup: Sendable {
     members.withLock { $0.append(processor) }
   }
 
+  /// The CPU with a number.
+  func processor(_ number: Int) -> Processor? {
+    members.withLock { members in members.first { $0.number == number } }
+  }
+
   func remove(_ number: Int) {
     members.withLock { $0.removeAll { $0.number == number } }
   }

@@ -33,7 +33,7 @@ extension Processor {
     cpu.pointee.nmi_masked = false
     pendingDebug = 0
     isHalted = false
-    isNMIPending = false
+    pendingNMIs = 0
     pendingInterrupt = nil
     if !isINIT { resetBeyondINIT() }
     flushTLB()
@@ -174,7 +174,7 @@ extension Processor {
       readMSR(index).map { ModelSpecificRegister(index: index, value: $0) }
     }
     state.events.interruptShadow = cpu.pointee.interrupt_shadow
-    state.events.nmiPending = isNMIPending
+    state.events.nmiPending = pendingNMIs > 0
     state.events.nmiMasked = cpu.pointee.nmi_masked
     if let pendingInterrupt {
       state.events.interruptInjected = true
@@ -219,6 +219,7 @@ extension Processor {
       default: _ = writeMSR(register.index, register.value)
       }
     }
+    alignTimeStampCounter()
     for index in 0..<4 { soft_debug(cpu)[index] = state.debug.addresses[index] }
     cpu.pointee.dr.6 = Self.debugStatus(state.debug.dr6)
     cpu.pointee.dr.7 = Self.debugControl(state.debug.dr7)
@@ -232,10 +233,20 @@ extension Processor {
     index == MSR.apicBase || index == MSR.tscDeadline || (MSR.x2APICFirst...MSR.x2APICLast).contains(index)
   }
 
+  /// The counters of a machine's CPUs were read, and are put back, one after another: where they differ by no more than
+  /// that can take, they were one.
+  private func alignTimeStampCounter() {
+    guard number != 0, let first = group.processor(0) else { return }
+    let base = first.cpu.pointee.tsc_offset &- first.cpu.pointee.tsc_adjust
+    let own = cpu.pointee.tsc_offset &- cpu.pointee.tsc_adjust
+    let difference = Int64(bitPattern: own &- base).magnitude
+    if difference < UInt64(TimeSource.kilohertz) &* 1000 { cpu.pointee.tsc_offset &-= own &- base }
+  }
+
   private func setEvents(_ events: PendingEvents) {
     cpu.pointee.interrupt_shadow = events.interruptShadow & 3
     cpu.pointee.nmi_masked = events.nmiMasked
-    isNMIPending = events.nmiPending || events.nmiInjected
+    pendingNMIs = (events.nmiPending ? 1 : 0) + (events.nmiInjected ? 1 : 0)
     pendingInterrupt = events.interruptInjected && !events.interruptIsSoftware ? events.interruptVector : nil
     pendingDebug = 0
     guard events.exceptionInjected || events.exceptionPending,

@@ -106,8 +106,8 @@ extension Processor {
       if let exit = deliver(.exception(.debug)) { return exit }
     }
     guard cpu.pointee.interrupt_shadow == 0 else { return nil }
-    if isNMIPending, !cpu.pointee.nmi_masked {
-      isNMIPending = false
+    if pendingNMIs > 0, !cpu.pointee.nmi_masked {
+      pendingNMIs -= 1
       isHalted = false
       if let exit = deliverNMI() { return exit }
     }
@@ -117,7 +117,10 @@ extension Processor {
         pendingInterrupt = nil
         isHalted = false
         if let exit = deliverInterrupt(vector) { return exit }
-      } else if let localAPIC, localAPIC.hasInterrupt, let vector = localAPIC.acknowledgeInterrupt() {
+      } else if let localAPIC, localAPIC.hasInterrupt, soft_attention(cpu) >= 0,
+        // An NMI that was sent before the interrupt comes before it: the VMM has it, and wants to be looked at.
+        let vector = localAPIC.acknowledgeInterrupt()
+      {
         isHalted = false
         if let exit = deliverInterrupt(vector) { return exit }
       } else if wantsInterruptWindow {

@@ -161,7 +161,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   public func requestInterruptWindow(_ wanted: Bool) { processor.wantsInterruptWindow = wanted }
 
   /// Makes an NMI pending.
-  public func injectNMI() throws(AcceleratorError) { processor.isNMIPending = true }
+  public func injectNMI() throws(AcceleratorError) { processor.postNMI() }
 
   /// Walks the guest's page tables without changing anything.
   public func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress? {

@@ -18,7 +18,10 @@ struct EngineOption: ParsableArguments {
     switch engine {
     case .soft: return SoftAccelerator()
     case .kvm:
-      do { return try KVMAccelerator() } catch { throw .accelerator(error) }
+      let kvm: KVMAccelerator
+      do { kvm = try KVMAccelerator() } catch { throw .accelerator(error) }
+      if !kvm.capabilities.contains(.nativeRing0) { printError("\(EngineChoice.emulating)") }
+      return kvm
     case .auto:
       let kvm: KVMAccelerator
       do {
@@ -39,9 +42,13 @@ struct EngineOption: ParsableArguments {
 enum EngineChoice: CustomStringConvertible {
   case noKVM(AcceleratorError)
   case measured(RingZeroProbe)
+  case emulating
 
   var description: String {
     switch self {
+    case .emulating:
+      "swiftvmm: engine kvm: this host has no VMX or SVM, so KVM emulates ring 0 and passes no system call of a program on; "
+        + "--engine soft runs real operating systems"
     case .noKVM(let error): "swiftvmm: engine soft: \(error)"
     case .measured(let probe) where probe.isNative: "swiftvmm: engine kvm: it runs ring 0 natively"
     case .measured(let probe):

@@ -173,6 +173,15 @@ struct LocalAPICFixture {
     #expect(local.takeEvents() == .init(nonMaskable: true, initialize: false, startUp: nil))
   }
 
+  @Test func twoNMIsAreKept() {
+    fixture.enable()
+    for _ in 0..<3 { send(0x400, to: 0, from: 1) }
+    #expect(local.takeEvents() == .init(nonMaskable: true, secondNonMaskable: true))
+    #expect(local.takeEvents() == .init())
+    send(0x400, to: 0, from: 1)
+    #expect(local.takeEvents() == .init(nonMaskable: true))
+  }
+
   // MARK: Destinations
 
   @Test(

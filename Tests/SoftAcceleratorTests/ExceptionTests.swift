@@ -142,7 +142,7 @@ import X86
     #expect(cpu.vector == 0x30)
     #expect(cpu.stack(3, as: UInt64.self) == [0x1002, 8, 0x202])
     // An NMI ends HLT, and masks further ones until IRET.
-    cpu.processor.isNMIPending = true
+    cpu.processor.postNMI()
     cpu.processor.isHalted = false
     #expect(cpu.runToHalt())
     #expect(cpu.vector == 2)

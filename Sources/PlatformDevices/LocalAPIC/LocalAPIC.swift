@@ -28,6 +28,9 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
     static let startUp: UInt32 = 4
     /// The PIC's interrupt, asked for by a message instead of its line.
     static let external: UInt32 = 8
+    /// A second NMI, before the first was taken: a processor takes the first at once and keeps the second.
+    static let secondNonMaskable: UInt32 = nonMaskable << secondShift
+    static let secondShift: UInt32 = 4
     static let vectorShift: UInt32 = 8
   }
 
@@ -126,7 +129,8 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
     var old = events.load(ordering: .relaxed)
     while true {
       let (done, seen) = events.weakCompareExchange(
-        expected: old, desired: old & ~cleared | bits, ordering: .sequentiallyConsistent)
+        expected: old, desired: old & ~cleared | bits | (old & bits & Events.nonMaskable) << Events.secondShift,
+        ordering: .sequentiallyConsistent)
       if done { break }
       old = seen
     }
@@ -185,14 +189,19 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
   public struct ProcessorEvents: Equatable, Sendable {
     /// A non-maskable interrupt.
     public var nonMaskable = false
+    /// A second one.
+    public var secondNonMaskable = false
     /// INIT: comes before the others where there are several.
     public var initialize = false
     /// The vector of a start-up message.
     public var startUp: UInt8?
 
     /// These messages.
-    public init(nonMaskable: Bool = false, initialize: Bool = false, startUp: UInt8? = nil) {
+    public init(
+      nonMaskable: Bool = false, secondNonMaskable: Bool = false, initialize: Bool = false, startUp: UInt8? = nil
+    ) {
       self.nonMaskable = nonMaskable
+      self.secondNonMaskable = secondNonMaskable
       self.initialize = initialize
       self.startUp = startUp
     }
@@ -202,7 +211,8 @@ public final class LocalAPIC: LocalInterruptController, BusDevice, @unchecked Se
   public func takeEvents() -> ProcessorEvents {
     let taken = events.bitwiseAnd(Events.external, ordering: .sequentiallyConsistent).oldValue
     return ProcessorEvents(
-      nonMaskable: taken & Events.nonMaskable != 0, initialize: taken & Events.initialize != 0,
+      nonMaskable: taken & Events.nonMaskable != 0, secondNonMaskable: taken & Events.secondNonMaskable != 0,
+      initialize: taken & Events.initialize != 0,
       startUp: taken & Events.startUp != 0 ? UInt8(truncatingIfNeeded: taken >> Events.vectorShift) : nil)
   }
 

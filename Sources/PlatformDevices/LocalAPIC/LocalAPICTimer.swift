@@ -119,10 +119,14 @@ final class LocalAPICTimer: @unchecked Sendable {
   /// Arms the timer for a value of the time-stamp counter; 0 disarms it. Ignored in the other modes.
   func setDeadline(_ value: UInt64) {
     let now = clock.now()
-    state.withLock { state in
-      guard mode == Mode.deadline else { return }
-      setDeadline(value, &state, now)
+    // One that has passed is due at once, and not when the loop gets round to it.
+    let isDue = value != 0 && untilTimestamp(value) == 0
+    let vector: UInt8? = state.withLock { state in
+      guard mode == Mode.deadline else { return nil }
+      setDeadline(isDue ? 0 : value, &state, now)
+      return isDue && !isMasked ? UInt8(truncatingIfNeeded: registers[APICRegister.timer]) : nil
     }
+    if let vector { onExpiry(vector) }
   }
 
   private func setDeadline(_ value: UInt64, _ state: inout State, _ now: UInt64) {
