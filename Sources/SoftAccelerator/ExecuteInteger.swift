@@ -234,7 +234,12 @@ extension Processor {
     let size = i.operands[0].size
     let accumulator = general[0] & Self.mask(size)
     let replacement = read(i.operands[1].register)
-    // Memory is written either way, as the processor's locked cycle does.
+    // Memory is written either way, as the processor's locked cycle does; a register is not, not even its upper half.
+    if i.operands[0].kind == .register {
+      let old = read(i.operands[0].register)
+      if old == accumulator { write(i.operands[0].register, replacement) } else { write(0, old, size: size) }
+      return setSubtractionFlags(accumulator, old, accumulator &- old, size)
+    }
     let old = try modify(i) { $0 & Self.mask(size) == accumulator ? replacement : $0 }
     if old != accumulator { write(0, old, size: size) }
     setSubtractionFlags(accumulator, old, accumulator &- old, size)

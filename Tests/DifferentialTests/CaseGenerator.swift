@@ -85,7 +85,9 @@ struct Random {
     switch below(10) {
     case 0: return (sign, 0)
     case 1:
-      return (sign | 0x7fff, pick([one, one | 1 << 62, one | 1, one | next() >> 2, one | 1 << 62 | next() >> 2, 0, next()]))
+      return (
+        sign | 0x7fff, pick([one, one | 1 << 62, one | 1, one | next() >> 2, one | 1 << 62 | next() >> 2, 0, next()])
+      )
     case 2: return (sign, next() >> UInt64(below(64)))
     case 3: return (sign | 0x3fff, pick([one, one | 1 << 62, one | next() >> 1]))
     case 4: return (sign | UInt16(0x3fff + below(70)), one | (next() << UInt64(below(64))) >> 1)
@@ -118,7 +120,7 @@ struct CaseGenerator {
   private let skeletons: [[Skeleton]]
   private let data: UnsafePointer<UInt8>
 
-  /// - Parameter wanted: which rows.
+  /// A generator of the rows that are `wanted`.
   init(mode: CodeMode, seed: UInt64, data: UnsafePointer<UInt8>, wanted: (X86.Operation) -> Bool) {
     self.mode = mode
     self.data = data
@@ -207,7 +209,8 @@ struct CaseGenerator {
     let start = putPrefixes(&bytes, skeleton)
     let rex = mode == .code64 && random.oneIn(2) ? UInt8(random.below(8)) : 0
     let vex = random.oneIn(3) ? 0xf : UInt8(mode == .code64 ? random.below(16) : 8 + random.below(8))
-    let length = Self.begin(&bytes, skeleton, rex: skeleton.isVEX && mode != .code64 ? rex & 1 : rex, vex: vex, at: start)
+    let length = Self.begin(
+      &bytes, skeleton, rex: skeleton.isVEX && mode != .code64 ? rex & 1 : rex, vex: vex, at: start)
     // Keep what selects the row, and vary the rest.
     let modRM = skeleton.modRM
     bytes[length] =
@@ -341,7 +344,8 @@ struct CaseGenerator {
   // MARK: Addresses
 
   /// Makes the instruction's addresses fall where something is.
-  private mutating func aim(_ i: inout Instruction, _ bytes: inout [UInt8], _ r: UnsafeMutablePointer<native_registers>) {
+  private mutating func aim(_ i: inout Instruction, _ bytes: inout [UInt8], _ r: UnsafeMutablePointer<native_registers>)
+  {
     let general = native_general(r)
     let addressMask: UInt64 = i.addressSize == 8 ? ~0 : i.addressSize == 4 ? 0xffff_ffff : 0xffff
     if !random.oneIn(8) { general[4] = UInt64(NATIVE_DATA) + 0x100 + UInt64(random.below(0x1e00)) & ~7 }
@@ -373,7 +377,9 @@ struct CaseGenerator {
       guard kind == .memory else { continue }
       aimMemory(&i, &bytes, r, addressMask)
     }
-    if i.operation.feature == .fxsr || name == .lea, i.operands[0].kind == .memory { aimMemory(&i, &bytes, r, addressMask) }
+    if i.operation.feature == .fxsr || name == .lea, i.operands[0].kind == .memory {
+      aimMemory(&i, &bytes, r, addressMask)
+    }
     match(i, r)
     if mode != .code64 { for index in 0..<16 { general[index] = index < 8 ? general[index] & 0xffff_ffff : 0 } }
   }

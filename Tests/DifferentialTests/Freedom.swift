@@ -56,24 +56,56 @@ enum Freedom {
     let isVector = i.operation.feature != .base
     // Unaligned accesses with AC set: AMD looks at alignment before the page, and at that of more than 8 bytes.
     if before.pointee.flags & 1 << 18 != 0, soft == 17 || native == 17, bothFault || isX87 || isVector { return true }
+    // So are ENTER's look at the stack's new end, and the bytes beside a pushed selector.
+    if before.pointee.flags & 1 << 18 != 0, native == 17,
+      i.operation.mnemonic == .enter || i.operation.mnemonic == .push && i.operands[0].register.class == .segment
+    {
+      return true
+    }
     // AMD's SHA instructions take operands at any address.
     if i.operation.feature == .sha, soft == 13 { return true }
+    // AMD wants the offset to be canonical, beside the sum of it and FS's or GS's base.
+    if i.mode == .code64, i.segment == .fs || i.segment == .gs, native == 13, soft == 1 || soft == 14 { return true }
     // A misaligned operand that also crosses the segment's limit.
     if isVector, bothFault, soft != native, soft != 14, native != 14 { return true }
     switch i.operation.mnemonic {
     // In which order an instruction's accesses are made, and which of them before it faults, is the processor's own.
-    case .cmps, .call, .retf, .iret, .pusha, .popa, .fxrstor, .fxrstor64, .fldenv, .frstor, .arpl: return bothFault
-    // AMD has left x87's state by then.
-    case .maskmovq: return bothFault && soft == native
+    case .cmps, .call, .retf, .jmp, .iret, .pusha, .popa, .fldenv, .frstor, .arpl, .bound, .fbld, .les,
+      .lds, .lfs, .lgs, .lss, .fld:
+      return bothFault
+    // Whether bytes that are not written fault is the processor's own (SDM vol. 2, MASKMOVQ); AMD's fault comes after
+    // x87's state has become MMX's.
+    case .maskmovq, .maskmovdqu, .vmaskmovdqu: return memory.contains(native)
     // AMD looks at the destination before it knows that an unmasked exception keeps it from being written.
-    case .fst, .fstp, .fist, .fistp, .fisttp, .fbstp: return soft == 1 && memory.contains(native)
+    case .fst, .fstp, .fist, .fistp, .fisttp, .fbstp:
+      return bothFault || soft == 1 && memory.contains(native)
+    // AMD has MXCSR.MM (bit 17), which SDM reserves.
+    case .ldmxcsr, .vldmxcsr, .fxrstor, .fxrstor64: return bothFault || soft == 13 && native == 1
+    // Without ModRM on AMD: there is no more to be fetched.
+    case .ud0, .ud1: return soft == 14 && native == 6
     case .vcvtps2ph: return soft == 19 && memory.contains(native)
     default: return false
     }
   }
 
-  /// Bits of general registers that are undefined: LAR's 19:16.
-  static func undefinedBits(_ i: Instruction) -> UInt64 { i.operation.mnemonic == .lar ? 0xf_0000 : 0 }
+  /// Bits of MXCSR that are not compared: PE beside an unmasked exception, which the software CPU computes as if all
+  /// were masked; all of them for DPPS and DPPD, whose steps raise their exceptions one after another.
+  static func uncertainExceptions(_ i: Instruction, _ vector: Int32) -> UInt32 {
+    guard vector == 19 else { return 0 }
+    switch i.operation.mnemonic {
+    case .dpps, .dppd, .vdpps, .vdppd: return 0x3f
+    default: return 0x20
+    }
+  }
+
+  /// Bits of general registers that are undefined: LAR's 19:16. One segment of Linux's has the CPU's number as limit.
+  static func undefinedBits(_ i: Instruction) -> UInt64 {
+    switch i.operation.mnemonic {
+    case .lar: 0xf_0000
+    case .lsl: 0xfff
+    default: 0
+    }
+  }
 
   /// The status flags that an instruction leaves undefined (SDM vol. 2 and APM vol. 3, each instruction's "Flags
   /// Affected"), where either manual does.

@@ -71,7 +71,9 @@ final class SoftSide {
 
   deinit { memory.deallocate() }
 
-  private func put(_ value: UInt64, _ offset: Int) { memory.storeBytes(of: value, toByteOffset: offset, as: UInt64.self) }
+  private func put(_ value: UInt64, _ offset: Int) {
+    memory.storeBytes(of: value, toByteOffset: offset, as: UInt64.self)
+  }
 
   private func makePageTables() {
     put(0x1027, 0)
@@ -95,7 +97,8 @@ final class SoftSide {
   private func makeDescriptors() {
     let table: [UInt64] = [
       0, 0x00cf_9b00_0000_ffff, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_fb00_0000_ffff,
-      0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff, 0, 0x0000_8b00_0000_0067, 0xffff_8000,
+      0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff, 0, 0x0000_8b00_0000_0067, 0xffff_8000, 0, 0,
+      0, 0, 0, 0x0040_f500_0000_0000,
     ]
     for (index, descriptor) in table.enumerated() { put(descriptor, Self.descriptors + index * 8) }
     let cpu = processor.cpu
