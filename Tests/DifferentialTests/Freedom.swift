@@ -34,6 +34,8 @@ enum Freedom {
       i.mode == .code64 && i.prefixes.contains(.operandSize) || i.mode == .code64 && isFarPointer(i)
         // AMD lets F2 and F3 choose the condition of LOOPcc; the manuals reserve them.
         || (i.opcode & 0xfe == 0xe0 && i.opcodeMap == 0 && (i.prefixes.contains(.rep) || i.prefixes.contains(.repne)))
+    // With 66, AMD reads four bytes, Intel two.
+    case .movsxd: i.operandSize == 2
     case .lss, .lfs, .lgs: i.mode == .code64 && isFarPointer(i)
     default: false
     }
