@@ -9,6 +9,8 @@ final class DifferentialRun {
   private(set) var mismatches = 0
   private(set) var compared = 0
   private(set) var faults = 0
+  /// Cases that were executed as blocks, too.
+  private(set) var blocks = 0
   var rowsCompared: Int { counts.count { $0 > 0 } }
   var rows: Int { generator.operations.count }
 
@@ -89,6 +91,7 @@ final class DifferentialRun {
     let cases = native_cases(arena, batch)
     let results = native_results(arena, batch)
     var result = native_result()
+    var block = native_result()
     for index in 0..<Int(NATIVE_CASES) {
       let instruction = instructions[batch & 1][index]
       soft.run(cases + index, before: native_data(arena), &result)
@@ -97,6 +100,12 @@ final class DifferentialRun {
       if result.vector != 1 { faults += 1 }
       let differences = Comparison.differences(instruction, cases + index, &result, results + index)
       if !differences.isEmpty { report(instruction, cases + index, differences) }
+      guard soft.runAsBlock(cases + index, instruction, before: native_data(arena), expected: result, &block) else {
+        continue
+      }
+      blocks += 1
+      let inBlock = Comparison.differences(instruction, cases + index, &block, &result)
+      if !inBlock.isEmpty { report(instruction, cases + index, "\n      in a block:" + inBlock) }
     }
   }
 
@@ -114,7 +123,7 @@ final class DifferentialRun {
 
   var summary: String {
     var text =
-      "\(mode), seed \(seed): \(compared) cases of \(rowsCompared) rows of \(rows), \(faults) faults, "
+      "\(mode), seed \(seed): \(compared) cases of \(rowsCompared) rows of \(rows), \(faults) faults, \(blocks) in blocks, "
       + "\(mismatches) mismatches"
     for (reason, names) in excluded.sorted(by: { $0.key < $1.key }) {
       text += "\n  not compared, \(reason): \(names.sorted().joined(separator: " "))"

@@ -5,7 +5,8 @@ import X86
 enum Freedom {
   /// Rows that are not compared, with the reason.
   static func exclusion(_ operation: X86.Operation) -> String? {
-    switch operation.mnemonic {
+    if operation == .movsxdGvEw { return "AMD reads four bytes, Intel two" }
+    return switch operation.mnemonic {
     case .syscall, .sysenter: "calls the kernel"
     case .sgdt, .sidt, .sldt, .str, .smsw: "emulated by the kernel where UMIP is on"
     case .rdtsc, .rdtscp, .rdpid, .rdrand, .rdseed, .cpuid, .xgetbv: "another value each time or on each CPU"
@@ -34,8 +35,6 @@ enum Freedom {
       i.mode == .code64 && i.prefixes.contains(.operandSize) || i.mode == .code64 && isFarPointer(i)
         // AMD lets F2 and F3 choose the condition of LOOPcc; the manuals reserve them.
         || (i.opcode & 0xfe == 0xe0 && i.opcodeMap == 0 && (i.prefixes.contains(.rep) || i.prefixes.contains(.repne)))
-    // With 66, AMD reads four bytes, Intel two.
-    case .movsxd: i.operandSize == 2
     case .lss, .lfs, .lgs: i.mode == .code64 && isFarPointer(i)
     default: false
     }

@@ -162,6 +162,71 @@ final class SoftSide {
     } while result.vector == Self.none
     store(&result.registers)
     code.initializeMemory(as: UInt8.self, repeating: UInt8(NATIVE_FILLER), count: length)
+    noteChanges(before, &result)
+  }
+
+  /// Executes a case once more, as the run loop does: decoded into a block that a HLT ends. How it ended is told by
+  /// where; false for what a block cannot repeat.
+  func runAsBlock(
+    _ c: UnsafeMutablePointer<native_case>, _ i: Instruction, before: UnsafePointer<UInt8>, expected: native_result,
+    _ result: inout native_result
+  ) -> Bool {
+    let cpu = processor.cpu
+    let start = c.pointee.registers.rip
+    let end = expected.registers.rip
+    switch i.operation.mnemonic {
+    // What TF shows in, and what delivers itself.
+    case .pushf, .popf, .iret, .int, .int3, .into: return false
+    default: break
+    }
+    if i.isRepeated {
+      let count = native_general(native_before(c))[1] & Processor.mask(i.addressSize)
+      guard c.pointee.repetitions > 0, count <= 64 else { return false }
+    }
+    // A branch into the instruction itself executes its bytes.
+    if expected.vector == 1, end >= start, end < start &+ UInt64(i.length) { return false }
+    load(&c.pointee.registers)
+    cpu.pointee.other_flags &= ~RFLAGS.tf.rawValue
+    let offset = Int(start &- UInt64(NATIVE_CODE))
+    let length = min(Int(c.pointee.length), Int(NATIVE_CODE_SIZE) - offset)
+    let code = memory + Self.code + offset
+    code.copyMemory(from: native_code(c), byteCount: length)
+    forgetCode()
+    cpu.pointee.budget = 1
+    result.vector = Self.none
+    result.error = 0
+    result.address = 0
+    do throws(Interruption) {
+      try processor.runBlocks()
+      // Left before the end of the block: the instruction is done, or an iteration of it.
+      for _ in 0..<100 where cpu.pointee.rip == start && end != start { try processor.step() }
+    } catch {
+      switch error {
+      case .exception(let vector): result.vector = Int32(vector.rawValue)
+      case .fault(let vector, let code):
+        result.vector = Int32(vector.rawValue)
+        result.error = code
+        if vector == .pageFault { result.address = processor.faultAddress }
+      case .exit: result.vector = -1
+      }
+    }
+    if cpu.pointee.rip != start || end == start && expected.vector == 1 { result.vector = 1 }
+    cpu.pointee.budget = .max
+    cpu.pointee.other_flags |= RFLAGS.tf.rawValue
+    store(&result.registers)
+    code.initializeMemory(as: UInt8.self, repeating: UInt8(NATIVE_FILLER), count: length)
+    forgetCode()
+    noteChanges(before, &result)
+    return true
+  }
+
+  private func forgetCode() {
+    let page = UInt(bitPattern: memory + Self.code)
+    processor.forgetCode(page: page)
+    processor.forgetCode(page: page + 0x1000)
+  }
+
+  private func noteChanges(_ before: UnsafePointer<UInt8>, _ result: inout native_result) {
     let data = (memory + Self.data).assumingMemoryBound(to: UInt8.self)
     native_changes(before, data, &result)
     if result.end > result.first {
