@@ -210,7 +210,8 @@ final class SoftSide {
       case .exit: result.vector = -1
       }
     }
-    if cpu.pointee.rip != start || end == start && expected.vector == 1 { result.vector = 1 }
+    // The HLT's own fault, or that of what a branch led to.
+    if expected.vector == 1, cpu.pointee.rip != start || end == start { result.vector = 1 }
     cpu.pointee.budget = .max
     cpu.pointee.other_flags |= RFLAGS.tf.rawValue
     store(&result.registers)
