@@ -111,6 +111,11 @@ let package = Package(
     tests(
       "SoftAcceleratorTests", ["Accelerator", "CSoftCPU", "GuestMemory", "NativeRunner", "SoftAccelerator", "X86"],
       settings: hot),
+    // The same in a process of its own, whatever the instruction does.
+    .target(
+      name: "NativeProcess", path: "Tests/Support/NativeProcess", cSettings: [.unsafeFlags(["-O2"])]),
+    tests(
+      "DifferentialTests", ["Accelerator", "CSoftCPU", "NativeProcess", "SoftAccelerator", "X86"], settings: hot),
     tests("BootTests", ["Accelerator", "Boot", "GuestMemory", "Host"]),
     // A clock, a machine and an interrupt sink in the test's hand.
     .target(

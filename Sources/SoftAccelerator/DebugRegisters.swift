@@ -133,7 +133,8 @@ extension Processor {
   func finishDebugging(_ i: Instruction, flags: UInt64, shadow: UInt8) {
     switch i.operation.mnemonic {
     // They clear TF on the way to their handler, and are not stepped; or see to the trap themselves.
-    case .int, .int3, .into, .int1, .syscall, .sysret, .sysretq: break
+    case .int, .int3, .int1, .syscall, .sysret, .sysretq: break
+    case .into where overflow: break
     default:
       // The trap of a load of SS is lost, not late: what follows makes its own.
       let isHeldOff = cpu.pointee.interrupt_shadow & ~shadow & 2 != 0

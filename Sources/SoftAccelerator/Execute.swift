@@ -37,7 +37,9 @@ extension Processor {
 
   /// The fault of a privileged instruction outside ring 0.
   private func privilegeFault(_ i: Instruction) -> Interruption {
-    switch i.operation.feature {
+    // Outside system-management mode it is no instruction, whoever asks.
+    if i.operation.mnemonic == .rsm { return .invalidOpcode }
+    return switch i.operation.feature {
     // Not there at all for the user (SDM vol. 2: CLAC, STAC; virtualisation off).
     case .smap, .vmx, .svm: .invalidOpcode
     default: .generalProtection

@@ -12,10 +12,8 @@ extension Processor {
     case .bt, .bts, .btr, .btc: try bitTest(i)
     case .bsf, .bsr:
       let value = try read(i, 1)
-      // The destination stays where the source is 0, but for the upper half of a 32-bit one.
-      if value == 0 {
-        write(i.operands[0].register, read(i.operands[0].register))
-      } else {
+      // The whole destination stays where the source is 0.
+      if value != 0 {
         let index = i.operation.mnemonic == .bsf ? value.trailingZeroBitCount : 63 - value.leadingZeroBitCount
         write(i.operands[0].register, UInt64(index))
       }

@@ -234,7 +234,12 @@ extension Processor {
     let size = i.operands[0].size
     let accumulator = general[0] & Self.mask(size)
     let replacement = read(i.operands[1].register)
-    // Memory is written either way, as the processor's locked cycle does.
+    // Memory is written either way, as the processor's locked cycle does; a register is not, not even its upper half.
+    if i.operands[0].kind == .register {
+      let old = read(i.operands[0].register)
+      if old == accumulator { write(i.operands[0].register, replacement) } else { write(0, old, size: size) }
+      return setSubtractionFlags(accumulator, old, accumulator &- old, size)
+    }
     let old = try modify(i) { $0 & Self.mask(size) == accumulator ? replacement : $0 }
     if old != accumulator { write(0, old, size: size) }
     setSubtractionFlags(accumulator, old, accumulator &- old, size)
@@ -484,8 +489,6 @@ extension Processor {
     let frame = (general[4] &- UInt64(size)) & mask
     let pushed = UInt64(size) &* (1 &+ level)
     let end = (general[4] &- pushed &- UInt64(i.immediate & 0xffff)) & mask
-    // The final stack pointer must be usable too.
-    try checkWrite(linear(2, end, size: Int(size), isWrite: true), count: Int(size))
     var position = frame
     try store(general[5], linear(2, position, size: Int(size), isWrite: true), size: size)
     if level > 0 {
@@ -499,6 +502,8 @@ extension Processor {
       position = (position &- UInt64(size)) & mask
       try store(frame, linear(2, position, size: Int(size), isWrite: true), size: size)
     }
+    // The final stack pointer must be usable too; that is found last.
+    try checkWrite(linear(2, end, size: Int(size), isWrite: true), count: Int(size))
     write(5, frame, size: size)
     write(4, end, size: width)
   }

@@ -29,6 +29,11 @@ extension Processor {
   /// #GP(0) where neither IOPL nor the TSS's I/O permission bitmap allows a port (SDM vol. 1, 19.5).
   func checkPort(_ port: UInt16, size: UInt8) throws(Interruption) {
     if watchesPorts { notePortAccess(port, size: size) }
+    try checkPortPermission(port, size: size)
+  }
+
+  /// #GP(0) where the program may not access a port.
+  func checkPortPermission(_ port: UInt16, size: UInt8) throws(Interruption) {
     guard cpu.pointee.cr0 & CR0.pe.rawValue != 0 else { return }
     let privilege = UInt8(cpu.pointee.other_flags >> 12 & 3)
     guard isVirtual8086 || cpu.pointee.cpl > privilege else { return }

@@ -14,13 +14,18 @@ extension Processor {
       return true
     }
     let counterMask = Self.mask(i.addressSize)
+    // Ports are forbidden even where nothing is left to be transferred.
+    if i.operation.isIOPrivileged {
+      let operand = i.operands[i.operation.mnemonic == .ins ? 0 : 1]
+      try checkPortPermission(UInt16(truncatingIfNeeded: general[2]), size: operand.size)
+    }
     var left = 1024
     while general[1] & counterMask != 0 {
       if left <= 0 || soft_attention(cpu) < 0 && left < 1024 {
         nextIP = cpu.pointee.rip
         return true
       }
-      let done = try iterateInBulk(i)
+      let done = finishesOnly ? 0 : try iterateInBulk(i)
       if done > 0 {
         write(1, general[1] &- done, size: i.addressSize)
         left &-= Int(done >> 6) &+ 1
@@ -70,8 +75,8 @@ extension Processor {
       advance(7, i, size)
     case .ins:
       let size = i.operands[0].size
-      let place = try linear(destination, pointer(7, i), size: Int(size), isWrite: true)
       try checkPort(UInt16(truncatingIfNeeded: general[2]), size: size)
+      let place = try linear(destination, pointer(7, i), size: Int(size), isWrite: true)
       try checkWrite(place, count: Int(size))
       try store(portRead(UInt16(truncatingIfNeeded: general[2]), size: size), place, size: size)
       advance(7, i, size)

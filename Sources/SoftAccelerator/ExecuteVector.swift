@@ -12,6 +12,10 @@ extension Processor {
       return try executeStateTransfer(i)
     }
     try checkVectorState(i)
+    // VPINSRQ and VPEXTRQ, which only 64-bit mode has.
+    if i.rex & 8 != 0, i.mode != .code64, i.operation.mnemonic == .vpinsrd || i.operation.mnemonic == .vpextrd {
+      throw .invalidOpcode
+    }
     try executeUnit(i, unit)
     return true
   }

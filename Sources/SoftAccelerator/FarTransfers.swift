@@ -100,7 +100,6 @@ extension Processor {
       guard isCanonical(offset) else { throw .generalProtection }
       return offset
     }
-    let offset = offset & 0xffff_ffff
     guard offset <= UInt64(descriptor.limit) else { throw .generalProtection }
     return offset
   }

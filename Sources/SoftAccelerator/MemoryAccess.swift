@@ -98,6 +98,7 @@ extension Processor {
       try storeSlowly(change(old), linear, size: size)
       return old
     }
+    try checkAlignment(linear, size: size)
     var old = Self.read(host, size: size)
     while !Self.compareAndSwap(host, &old, change(old), size: size) {}
     memoryWritten(host, count: Int(size))

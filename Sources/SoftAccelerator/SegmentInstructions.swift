@@ -27,7 +27,8 @@ extension Processor {
     case .verw: set(zero: try isVerified(UInt16(truncatingIfNeeded: read(i, 0)), forWriting: true))
     case .arpl:
       let privilege = read(i.operands[1].register) & 3
-      let old = try modify(i) { $0 & 3 < privilege ? $0 & ~3 | privilege : $0 }
+      let old = try read(i, 0)
+      if old & 3 < privilege { try write(i, 0, old & ~3 | privilege) }
       set(zero: old & 3 < privilege)
 
     case .lldt: try loadLocalTable(UInt16(truncatingIfNeeded: read(i, 0)))
