@@ -15,7 +15,8 @@ let hot: [SwiftSetting] =
   strict + [
     // What these targets change belongs to one thread by design; the checks cost a sixth of the time.
     .unsafeFlags(["-enforce-exclusivity=unchecked"]),
-    .unsafeFlags(["-O", "-whole-module-optimization", "-num-threads", "2"], .when(configuration: .debug)),
+    .unsafeFlags(
+      ["-O", "-disable-batch-mode", "-whole-module-optimization", "-num-threads", "2"], .when(configuration: .debug)),
   ]
 
 func library(_ name: String, _ dependencies: [Target.Dependency] = [], settings: [SwiftSetting] = strict) -> Target {

@@ -52,13 +52,6 @@ extension Processor {
 
   // MARK: Leaving
 
-  /// Leaves the loop at the end of a block.
-  @inline(__always)
-  func leave(_ block: UnsafeMutablePointer<Block>, to ip: UInt64) {
-    cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
-    cpu.pointee.rip = ip
-  }
-
   /// Leaves the loop before an operation, and executes its instruction the slow way.
   @inline(never)
   func stepOut(

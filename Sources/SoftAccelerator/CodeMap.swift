@@ -12,15 +12,16 @@ final class CodeMap: @unchecked Sendable {
   private let top: UnsafeMutablePointer<UInt64>
 
   init() {
-    top = .allocate(capacity: 1 << Self.topBits)
-    top.initialize(repeating: 0, count: 1 << Self.topBits)
+    // Zeroed without being touched: most machines use a word or two of it.
+    guard let zeroed = calloc(1 << Self.topBits, 8) else { fatalError("no memory for the map of code pages") }
+    top = zeroed.bindMemory(to: UInt64.self, capacity: 1 << Self.topBits)
   }
 
   deinit {
     for index in 0..<1 << Self.topBits where top[index] != 0 {
       munmap(UnsafeMutableRawPointer(bitPattern: UInt(top[index])), Self.leafSize)
     }
-    top.deallocate()
+    free(top)
   }
 
   /// The CPUs that hold code of the page: the word to read and change atomically. nil where none ever did.

@@ -1,16 +1,21 @@
 import CSoftCPU
 import X86
 
-/// What fast operations touch: two pointers that the loop keeps in registers, and what is done through them.
+/// What fast operations touch: a pointer that the loop keeps in a register, and what is done through it.
 ///
 /// Register operands are byte offsets into the general registers, so that AH is 1 and R15 is 120.
 struct FastState {
   let cpu: UnsafeMutablePointer<soft_cpu>
-  let general: UnsafeMutableRawPointer
+  /// The general registers come first in the state: one pointer to keep, not two.
+  @inline(__always)
+  var general: UnsafeMutableRawPointer { UnsafeMutableRawPointer(cpu) }
 
-  init(cpu: UnsafeMutablePointer<soft_cpu>, general: UnsafeMutablePointer<UInt64>) {
-    self.cpu = cpu
-    self.general = UnsafeMutableRawPointer(general)
+  /// Counts the instructions of a block that is done; true where the run loop must look around.
+  @inline(__always)
+  func retire(_ count: Int64) -> Bool {
+    let retired = Int64(bitPattern: cpu.pointee.instructions) &+ count
+    cpu.pointee.instructions = UInt64(bitPattern: retired)
+    return (cpu.pointee.budget &- retired) | soft_attention(cpu) < 0
   }
 
   // MARK: Registers

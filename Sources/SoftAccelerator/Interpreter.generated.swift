@@ -59,10 +59,9 @@ extension Processor {
   func runBlocks() throws(Interruption) {
     let processor = self
     var block = try find(cpu.pointee.rip)
-    let s = FastState(cpu: cpu, general: general)
+    let s = FastState(cpu: cpu)
     let context = codeContext
     let jumps = blocks.jumps
-    var budget = cpu.pointee.budget
     var op = block.pointee.ops
     loop: while true {
       switch op.pointee.code {
@@ -2540,12 +2539,10 @@ extension Processor {
         if try !processor.executeGeneric(op, block, isVector: false) { return }
         op += 1
       case .next:
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: op.pointee.address)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = op.pointee.address
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         if let next = block.pointee.next, next.pointee.context == context {
           block = next
         } else {
@@ -2553,12 +2550,10 @@ extension Processor {
         }
         op = block.pointee.ops
       case .jmp:
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: op.pointee.address)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = op.pointee.address
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         if let next = block.pointee.taken, next.pointee.context == context {
           block = next
         } else {
@@ -2567,12 +2562,10 @@ extension Processor {
         op = block.pointee.ops
       case .jO:
         if s.overflow {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2580,12 +2573,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2595,12 +2586,10 @@ extension Processor {
         }
       case .jNO:
         if !s.overflow {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2608,12 +2597,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2623,12 +2610,10 @@ extension Processor {
         }
       case .jB:
         if s.carry {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2636,12 +2621,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2651,12 +2634,10 @@ extension Processor {
         }
       case .jAE:
         if !s.carry {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2664,12 +2645,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2679,12 +2658,10 @@ extension Processor {
         }
       case .jE:
         if s.zero {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2692,12 +2669,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2707,12 +2682,10 @@ extension Processor {
         }
       case .jNE:
         if !s.zero {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2720,12 +2693,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2735,12 +2706,10 @@ extension Processor {
         }
       case .jBE:
         if s.below {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2748,12 +2717,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2763,12 +2730,10 @@ extension Processor {
         }
       case .jA:
         if !s.below {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2776,12 +2741,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2791,12 +2754,10 @@ extension Processor {
         }
       case .jS:
         if s.sign {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2804,12 +2765,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2819,12 +2778,10 @@ extension Processor {
         }
       case .jNS:
         if !s.sign {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2832,12 +2789,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2847,12 +2802,10 @@ extension Processor {
         }
       case .jP:
         if s.parity {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2860,12 +2813,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2875,12 +2826,10 @@ extension Processor {
         }
       case .jNP:
         if !s.parity {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2888,12 +2837,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2903,12 +2850,10 @@ extension Processor {
         }
       case .jL:
         if s.less {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2916,12 +2861,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2931,12 +2874,10 @@ extension Processor {
         }
       case .jGE:
         if !s.less {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2944,12 +2885,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2959,12 +2898,10 @@ extension Processor {
         }
       case .jLE:
         if s.lessOrEqual {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -2972,12 +2909,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -2987,12 +2922,10 @@ extension Processor {
         }
       case .jG:
         if !s.lessOrEqual {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.address)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.address
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.taken, next.pointee.context == context {
             block = next
           } else {
@@ -3000,12 +2933,10 @@ extension Processor {
           }
           op = block.pointee.ops
         } else {
-          budget &-= block.pointee.count
-          if budget | soft_attention(s.cpu) < 0 {
-            processor.leave(block, to: op.pointee.immediate)
+          if s.retire(block.pointee.count) {
+            s.cpu.pointee.rip = op.pointee.immediate
             return
           }
-          s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
           if let next = block.pointee.next, next.pointee.context == context {
             block = next
           } else {
@@ -3021,12 +2952,10 @@ extension Processor {
         }
         FastState.store(op.pointee.immediate, host)
         s.put(32, linear)
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: op.pointee.address)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = op.pointee.address
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         if let next = block.pointee.taken, next.pointee.context == context {
           block = next
         } else {
@@ -3042,12 +2971,10 @@ extension Processor {
         let target = FastState.load(host, as: UInt64.self)
         guard s.isCanonical(target) else { break loop }
         s.put(32, linear &+ 8)
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: target)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = target
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         let next = jumps[Block.jumpIndex(target)]
         if next.pointee.ip == target, next.pointee.context == context {
           block = next
@@ -3058,12 +2985,10 @@ extension Processor {
       case .jmpR:
         let target = s.get(op.pointee.a, as: UInt64.self)
         guard s.isCanonical(target) else { break loop }
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: target)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = target
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         let next = jumps[Block.jumpIndex(target)]
         if next.pointee.ip == target, next.pointee.context == context {
           block = next
@@ -3079,12 +3004,10 @@ extension Processor {
         }
         let target = FastState.load(host, as: UInt64.self)
         guard s.isCanonical(target) else { break loop }
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: target)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = target
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         let next = jumps[Block.jumpIndex(target)]
         if next.pointee.ip == target, next.pointee.context == context {
           block = next
@@ -3102,12 +3025,10 @@ extension Processor {
         }
         FastState.store(op.pointee.immediate, host)
         s.put(32, linear)
-        budget &-= block.pointee.count
-        if budget | soft_attention(s.cpu) < 0 {
-          processor.leave(block, to: target)
+        if s.retire(block.pointee.count) {
+          s.cpu.pointee.rip = target
           return
         }
-        s.cpu.pointee.instructions &+= UInt64(bitPattern: block.pointee.count)
         let next = jumps[Block.jumpIndex(target)]
         if next.pointee.ip == target, next.pointee.context == context {
           block = next

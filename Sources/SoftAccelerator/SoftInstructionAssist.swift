@@ -5,6 +5,8 @@ import X86
 
 /// Executes on software CPUs what another accelerator's vCPUs cannot: state over, one instruction, state back.
 public final class SoftInstructionAssist: InstructionAssist {
+  /// What the machine's vCPUs find in memory; the software machine over it is made when it is first needed.
+  private let memory = Mutex<(memory: GuestMemory, slots: [MemorySlot])?>(nil)
   private let machine = Mutex<SoftVirtualMachine?>(nil)
   private let processors = Mutex<[Int: SoftVirtualCPU]>([:])
 
@@ -13,16 +15,14 @@ public final class SoftInstructionAssist: InstructionAssist {
 
   /// Shows the software CPUs the machine's memory.
   public func attach(_ memory: GuestMemory, slots: [MemorySlot]) throws(AcceleratorError) {
-    let soft = SoftVirtualMachine(memory: memory)
-    for slot in slots { try soft.setMemorySlot(slot) }
-    machine.withLock { $0 = soft }
+    self.memory.withLock { $0 = (memory, slots) }
   }
 
   /// Executes one instruction. A state that no software CPU can take is not executed.
   public func execute(
     _ vcpu: any VirtualCPU, handle: (VCPUExit) throws(AcceleratorError) -> Void
   ) throws(AcceleratorError) -> Bool {
-    guard let soft = processor(vcpu.index) else { return false }
+    guard let soft = try processor(vcpu.index) else { return false }
     let state = try vcpu.readState()
     guard let taken = try? take(state, soft) else { return false }
     var step = DebugControl()
@@ -44,8 +44,15 @@ public final class SoftInstructionAssist: InstructionAssist {
     }
   }
 
-  private func processor(_ index: Int) -> SoftVirtualCPU? {
-    guard let machine = machine.withLock({ $0 }) else { return nil }
+  private func processor(_ index: Int) throws(AcceleratorError) -> SoftVirtualCPU? {
+    guard let known = memory.withLock({ $0 }) else { return nil }
+    let machine = try machine.withLock { machine throws(AcceleratorError) in
+      if let machine { return machine }
+      let made = SoftVirtualMachine(memory: known.memory)
+      for slot in known.slots { try made.setMemorySlot(slot) }
+      machine = made
+      return made
+    }
     return processors.withLock { processors in
       if let known = processors[index] { return known }
       // Every feature there is: which ones the guest sees is the other accelerator's business.

@@ -55,7 +55,7 @@ typedef struct {
   // Low 12 bits of the tags of data accesses as the current mode makes them.
   uint64_t data_context;
   soft_tlb_entry *_Nonnull tlb;
-  // Instructions until the run loop looks around.
+  // The number of retired instructions at which the run loop looks around.
   int64_t budget;
   // Negative when another thread wants the run loop to look around; atomic.
   int64_t attention;
@@ -99,6 +99,8 @@ typedef struct {
   __attribute__((aligned(16))) uint8_t operand[32], result[32];
   __attribute__((aligned(16))) uint8_t area[1024];
 } soft_cpu;
+
+_Static_assert(offsetof(soft_cpu, general) == 0, "FastState takes the state's address for the registers'");
 
 static inline uint64_t *_Nonnull soft_general(soft_cpu *_Nonnull cpu) { return cpu->general; }
 static inline soft_segment *_Nonnull soft_segments(soft_cpu *_Nonnull cpu) { return cpu->segment; }
