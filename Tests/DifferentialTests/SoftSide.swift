@@ -183,6 +183,8 @@ final class SoftSide {
       let count = native_general(native_before(c))[1] & Processor.mask(i.addressSize)
       guard c.pointee.repetitions > 0, count <= 64 else { return false }
     }
+    // After a load of SS it was the next instruction that ended the case.
+    if expected.vector != 1, end != start { return false }
     // A branch into the instruction itself executes its bytes.
     if expected.vector == 1, end >= start, end < start &+ UInt64(i.length) { return false }
     load(&c.pointee.registers)
