@@ -25,7 +25,7 @@ extension Processor {
         nextIP = cpu.pointee.rip
         return true
       }
-      let done = finishesOnly ? 0 : try iterateInBulk(i)
+      let done = finishesOnly ? 0 : iterateInBulk(i)
       if done > 0 {
         write(1, general[1] &- done, size: i.addressSize)
         left &-= Int(done >> 6) &+ 1
@@ -91,14 +91,15 @@ extension Processor {
 
   /// Does as many iterations of REP MOVS or REP STOS as lie in one page of RAM on either side; 0 where the single
   /// iterations must do it (overlap, devices, faults, downwards, code).
-  private func iterateInBulk(_ i: Instruction) throws(Interruption) -> UInt64 {
+  private func iterateInBulk(_ i: Instruction) -> UInt64 {
     let mnemonic = i.operation.mnemonic
     guard mnemonic == .movs || mnemonic == .stos, cpu.pointee.other_flags & RFLAGS.df.rawValue == 0,
       cpu.pointee.data_context != TranslationContexts.slow
     else { return 0 }
     let size = UInt64(i.operands[0].size)
     let to = pointer(7, i)
-    let target = try linear(Int(Register.es.index), to, size: Int(size), isWrite: true)
+    // What faults is left to the element by itself, which reads its source before its destination is looked at.
+    guard let target = try? linear(Int(Register.es.index), to, size: Int(size), isWrite: true) else { return 0 }
     let left = general[1] & Self.mask(i.addressSize)
     // In one page, and below the wrap of the index.
     var bytes = min(0x1000 &- target & 0xfff, min(left, 0x1000) &* size)
@@ -112,7 +113,7 @@ extension Processor {
       return count
     }
     let from = pointer(6, i)
-    let origin = try linear(Int(i.segment.index), from, size: Int(size), isWrite: false)
+    guard let origin = try? linear(Int(i.segment.index), from, size: Int(size), isWrite: false) else { return 0 }
     bytes = min(bytes, 0x1000 &- origin & 0xfff)
     if !is64Bit { bytes = min(bytes, Self.mask(i.addressSize) &- from) }
     let count = bytes / size

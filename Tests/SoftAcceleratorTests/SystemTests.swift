@@ -95,6 +95,15 @@ import X86
     #expect(cpu.stack(6, as: UInt64.self) == [0, 0x1002, 0x23, 0x1_0203, 0x8000, 0x1b])
   }
 
+  @Test func repeatedMoveReadsBeforeItLooksAtItsDestination() {
+    let cpu = SystemCPU(.long, code: [0xf3, 0xa4, 0xf4])
+    cpu.processor.general[1] = 4
+    cpu.processor.general[6] = UInt64(SystemCPU.size)  // not mapped
+    cpu.processor.general[7] = 0x8000_0000_0000  // not canonical
+    #expect(cpu.runToHalt())
+    #expect(cpu.vector == 14)
+  }
+
   // MARK: Control registers
 
   @Test func controlRegistersRefuseWhatDoesNotExist() {

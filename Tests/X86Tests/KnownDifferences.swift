@@ -22,6 +22,8 @@ enum KnownDifferences {
     if ours == "vmmcall" { return theirs == "vmgexit" }
     // objdump shows YMM registers where VEX.L is ignored.
     if name == "vmovss" || name == "vmovsd" { return ours == theirs.replacing("ymm", with: "xmm") }
+    // objdump names the products 2 and 3 of PCLMULQDQ as if they were 10h and 11h; a CPU looks at bits 0 and 4.
+    if ours.contains("pclmulqdq"), [2, 3].contains(bytes[our.length - 1]) { return our.length == their.length }
     // objdump does not sign-extend the displacement of a 32-bit address without base in 64-bit mode.
     return our.length == their.length && ours.contains("[eiz*")
   }
