@@ -431,7 +431,7 @@ struct CaseGenerator {
     let general = native_general(r)
     let address = general[Int(i.base.index & 15)] &+ UInt64(bitPattern: i.displacement)
     let offset = Int(truncatingIfNeeded: address &- UInt64(NATIVE_DATA))
-    guard offset >= 0, offset + 16 <= Int(NATIVE_DATA_SIZE), i.index.class == .none else { return }
+    guard offset >= 0, offset <= Int(NATIVE_DATA_SIZE) - 16, i.index.class == .none else { return }
     let memory = UnsafeRawPointer(data) + offset
     switch i.operation.mnemonic {
     case .cmpxchg where i.base.index != 0: general[0] = memory.loadUnaligned(as: UInt64.self)
