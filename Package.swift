@@ -37,7 +37,10 @@ let fuzzers: [Target] =
   ? []
   : [
     .target(name: "CFuzz", path: "Fuzz/CFuzz"),
+    .executableTarget(
+      name: "RandomCPU", dependencies: ["RandomCode"], path: "Fuzz/RandomCPU", swiftSettings: strict),
     fuzzer("FuzzBoot", ["Accelerator", "Boot", "GuestMemory"]),
+    fuzzer("FuzzCPU", ["RandomCode"]),
     fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
   ]
@@ -108,8 +111,13 @@ let package = Package(
     tests("X86Tests", ["X86"]),
     // The physical CPU, an instruction at a time.
     .target(name: "NativeRunner", path: "Tests/Support/NativeRunner"),
+    // Random code and states for the software CPU.
+    .target(
+      name: "RandomCode", dependencies: ["Accelerator", "GuestMemory", "MemoryViews", "SoftAccelerator", "X86"],
+      path: "Tests/Support/RandomCode", swiftSettings: hot),
     tests(
-      "SoftAcceleratorTests", ["Accelerator", "CSoftCPU", "GuestMemory", "NativeRunner", "SoftAccelerator", "X86"],
+      "SoftAcceleratorTests",
+      ["Accelerator", "CSoftCPU", "GuestMemory", "NativeRunner", "RandomCode", "SoftAccelerator", "X86"],
       settings: hot),
     // The same in a process of its own, whatever the instruction does.
     .target(

@@ -70,7 +70,9 @@ extension Processor {
   private func deliver(_ event: Event, as exception: ExceptionVector?) -> PendingExit? {
     var event = event
     var exception = exception
-    while true {
+    // Exceptions that are no double faults follow one another without end where each handler's frame raises the next, as
+    // #AC can: then the run loop looks around, and the instruction raises the first of them again.
+    for _ in 0..<8 {
       let second: ExceptionVector
       do throws(Interruption) {
         try vector(event)
@@ -101,6 +103,7 @@ extension Processor {
       event = Event(
         vector: (exception ?? second).rawValue, errorCode: event.errorCode, isFault: true, returnIP: cpu.pointee.rip)
     }
+    return nil
   }
 
   /// The exit for an event whose handler cannot be reached: the tables or the stack are in no memory, or the view

@@ -21,7 +21,13 @@ extension Processor {
           soft_set_attention(cpu, .min)
         }
       }
-      if replay.values.isEmpty, let exit = takeEvents() { return exit }
+      if replay.values.isEmpty {
+        if Int64(bitPattern: cpu.pointee.instructions) >= cpu.pointee.budget {
+          cpu.pointee.budget = .max
+          return .none
+        }
+        if let exit = takeEvents() { return exit }
+      }
       do throws(Interruption) {
         if stepsSingly { try step() } else { try runBlocks() }
         if let exit = hostStop() { return exit }
@@ -31,6 +37,8 @@ extension Processor {
         return exit
       } catch {
         finishDeviceAccesses()
+        // A program whose handlers cannot be executed retires nothing.
+        if cpu.pointee.budget != .max { cpu.pointee.budget &-= 1 }
         if let exit = deliver(error) ?? hostStop() { return exit }
       }
     }

@@ -53,6 +53,13 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     soft_set_attention(processor.cpu, .min)
   }
 
+  /// Makes `run` return `.interrupted` after about as many instructions, exceptions among them: at the end of a block.
+  ///
+  /// - Parameter count: how many from now on; nil for no end.
+  public func setBudget(_ count: UInt64?) {
+    processor.cpu.pointee.budget = count.map { Int64(clamping: processor.cpu.pointee.instructions &+ $0) } ?? .max
+  }
+
   /// Hands the VMM's answer to the instruction that waits for it.
   private func takeAnswer() {
     guard awaitsAccess else { return }

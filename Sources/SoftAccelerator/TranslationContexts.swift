@@ -157,8 +157,11 @@ extension Processor {
   }
 
   /// The TLB's entry for a page. Higher bits are mixed in, since programs copy between buffers a power of two apart.
+  ///
+  /// Two pages that follow one another never share an entry: only the tag of an access's last byte is looked at, which must
+  /// not be in the entry of its first byte's page. A sum keeps that where the page number wraps or carries; XOR does not.
   @inline(__always)
   static func tlbIndex(_ linear: UInt64) -> Int {
-    Int((linear >> 12 ^ linear >> UInt64(12 &+ SOFT_TLB_BITS)) & UInt64(SOFT_TLB_ENTRIES &- 1))
+    Int((linear >> 12 &+ linear >> UInt64(12 &+ SOFT_TLB_BITS)) & UInt64(SOFT_TLB_ENTRIES &- 1))
   }
 }
