@@ -70,6 +70,8 @@ extension Processor {
   private func deliver(_ event: Event, as exception: ExceptionVector?) -> PendingExit? {
     var event = event
     var exception = exception
+    // Tables and stacks may lie in the local APIC's page: what delivery accessed there is no instruction's to repeat.
+    defer { finishDeviceAccesses() }
     // Exceptions that are no double faults follow one another without end where each handler's frame raises the next, as
     // #AC can: then the run loop looks around, and the instruction raises the first of them again.
     for _ in 0..<8 {
@@ -79,9 +81,7 @@ extension Processor {
         return nil
       } catch {
         switch error {
-        case .exit:
-          finishDeviceAccesses()
-          return noMemory()
+        case .exit: return noMemory()
         case .exception(let vector):
           second = vector
           event.errorCode = nil

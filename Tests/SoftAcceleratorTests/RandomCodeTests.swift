@@ -1,3 +1,4 @@
+import Accelerator
 import CSoftCPU
 import RandomCode
 import Testing
@@ -65,5 +66,31 @@ import X86
     }
     #expect(cpu.cpu.pointee.rip == 0x1000)
     #expect(cpu.processor.general[4] == SystemCPU.stack3 - 1)
+  }
+
+  /// A stack in the local APIC's page: what an exception's delivery accesses there is not the next instruction's, which
+  /// would hold off kicks until it is done.
+  @Test func deliveryIsNoInstruction() {
+    let cpu = SystemCPU(.protected, code: [0x0f, 0x0b])
+    cpu.processor.localAPIC = SilentAPIC()
+    cpu.put([0x0f, 0x0b], at: 0x4000 + 6 * 16)
+    cpu.processor.general[4] = 0xfee0_0400
+    cpu.cpu.pointee.budget = 20
+    guard case PendingExit.none = cpu.processor.run() else {
+      Issue.record("not out of budget")
+      return
+    }
+    #expect(cpu.cpu.pointee.rip == 0x4060)
+    #expect(cpu.processor.general[4] == 0xfee0_0400 - 20 * 12)
+  }
+
+  private final class SilentAPIC: LocalInterruptController, @unchecked Sendable {
+    var hasInterrupt: Bool { false }
+    func acknowledgeInterrupt() -> UInt8? { nil }
+    func read(register offset: UInt16) -> UInt32 { 0 }
+    func write(register offset: UInt16, value: UInt32) {}
+    func readMSR(_ index: UInt32) -> UInt64? { nil }
+    func writeMSR(_ index: UInt32, value: UInt64) -> Bool { false }
+    var taskPriority: UInt8 = 0
   }
 }
