@@ -57,6 +57,8 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   /// The APIC's MSRs reach the controller that `attach` gives a vCPU. Without, a guest whose local APICs are in the VMM
   /// must see neither x2APIC nor TSC deadline.
   public static let controllerRegisters = Self(rawValue: 1 << 11)
+  /// `limitInstructions`.
+  public static let instructionLimit = Self(rawValue: 1 << 12)
 }
 
 /// One virtual machine of an accelerator. Its methods may be called from any thread.
@@ -96,6 +98,8 @@ public protocol VirtualMachine: AnyObject, Sendable {
   /// Pages that the vCPUs' dirty rings hold, as (slot, page in the slot); the rings are empty afterwards.
   func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)]
 
+  /// Guest time that the vCPUs' instructions make, where it comes from them: then no two vCPUs may run at once.
+  var virtualTime: (any VirtualTime)? { get }
   /// Guest time of the paravirtual clock in nanoseconds, where there is one.
   func readClock() throws(AcceleratorError) -> UInt64
   /// Sets what `readClock` returns.
@@ -104,6 +108,19 @@ public protocol VirtualMachine: AnyObject, Sendable {
   func save() throws(AcceleratorError) -> StateNode
   /// Puts a saved state in place.
   func restore(_ node: StateNode) throws(AcceleratorError)
+}
+
+/// Guest time that passes with instructions and exceptions, a nanosecond each, on whichever vCPU runs, and with nothing else.
+public protocol VirtualTime: AnyObject, Sendable {
+  /// Nanoseconds since the machine was made: exact on the thread that runs the vCPUs, recent on others.
+  var now: UInt64 { get }
+  /// Goes on from another time; while no vCPU runs.
+  func set(_ nanoseconds: UInt64)
+}
+
+extension VirtualMachine {
+  /// nil: time is the host's.
+  public var virtualTime: (any VirtualTime)? { nil }
 }
 
 /// One virtual CPU.
@@ -156,6 +173,9 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func attach(_ controller: any LocalInterruptController) throws(AcceleratorError)
   /// Instructions retired so far, where the accelerator counts them; any thread may ask, and gets a recent number.
   var instructions: UInt64? { get }
+  /// Makes `run` return `.instructionLimit` after exactly `count` more instructions and exceptions, in place of an earlier limit; on the
+  /// vCPU's thread, also while it runs. Only where `.instructionLimit` is among the capabilities.
+  func limitInstructions(_ count: UInt64)
   /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
   /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
   func selectView(_ view: MemoryView?) throws(AcceleratorError)
@@ -172,6 +192,9 @@ public protocol VirtualCPU: AnyObject, Sendable {
 extension VirtualCPU {
   /// nil: nobody counts.
   public var instructions: UInt64? { nil }
+
+  /// Nothing: there is no such capability here.
+  public func limitInstructions(_ count: UInt64) {}
 
   /// Refused: there are no views here.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {

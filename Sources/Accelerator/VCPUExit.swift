@@ -13,6 +13,8 @@ public enum VCPUExit {
   case interrupted
   /// The interrupt window that the VMM asked for is open.
   case interruptWindow
+  /// As many instructions as `limitInstructions` said have retired.
+  case instructionLimit
   /// A triple fault.
   case tripleFault
   /// The guest asked for power-off, reset, or reported a crash, by a call of the accelerator.

@@ -5,7 +5,8 @@ import Synchronization
 public final class ExitCounters: @unchecked Sendable {
   /// A reason, under the name that reports print.
   public enum Reason: Int, CaseIterable, Sendable {
-    case portIn, portOut, memoryRead, memoryWrite, halt, kick, interruptWindow, tripleFault, systemEvent, debug
+    case portIn, portOut, memoryRead, memoryWrite, halt, kick, interruptWindow, instructionLimit, tripleFault
+    case systemEvent, debug
     case emulationFailure, memoryFault, viewViolation, endOfInterrupt, dirtyRingFull, hypercall, entryFailure
     case internalError, unknown
 
@@ -19,6 +20,7 @@ public final class ExitCounters: @unchecked Sendable {
         case .halt: .halt
         case .interrupted: .kick
         case .interruptWindow: .interruptWindow
+        case .instructionLimit: .instructionLimit
         case .tripleFault: .tripleFault
         case .systemEvent: .systemEvent
         case .debug: .debug
@@ -44,6 +46,7 @@ public final class ExitCounters: @unchecked Sendable {
       case .halt: "halt"
       case .kick: "kick"
       case .interruptWindow: "interrupt-window"
+      case .instructionLimit: "instruction-limit"
       case .tripleFault: "triple-fault"
       case .systemEvent: "system-event"
       case .debug: "debug"

@@ -18,8 +18,9 @@ public final class ExitTrace: Sendable {
     self.file = file
   }
 
-  func record(_ exit: VCPUExit, vcpu: Int) {
-    let nanoseconds = monotonicNanoseconds() - start
+  /// Writes an exit down, with the virtual time where there is one.
+  func record(_ exit: VCPUExit, vcpu: Int, at time: UInt64?) {
+    let nanoseconds = time ?? monotonicNanoseconds() - start
     var line = "{\"ns\":\(nanoseconds),\"vcpu\":\(vcpu),\"exit\":\"\(ExitCounters.Reason(exit).name)\""
     switch exit {
     case .portIO(let access):

@@ -30,7 +30,10 @@ public final class Machine: MachineControl {
   /// Whether a crash stops the machine, so that a debugger can look at it, instead of ending the run.
   public let stopsAtCrash = Atomic(false)
 
-  private let clock: MachineClock
+  private let clock: any GuestClock
+  /// The clock, where time comes from the instructions.
+  let virtualClock: VirtualClock?
+  private let takesTurns: Bool
   private let platform: MachinePlatform
   let ports: AddressBus
   let memoryBus: AddressBus
@@ -58,6 +61,8 @@ public final class Machine: MachineControl {
     vcpus = parts.vcpus
     loop = parts.loop
     clock = parts.clock
+    virtualClock = parts.clock as? VirtualClock
+    takesTurns = parts.takesTurns
     platform = parts.platform
     ports = parts.platform.ports
     memoryBus = parts.platform.memoryBus
@@ -66,12 +71,15 @@ public final class Machine: MachineControl {
     trace = parts.trace
     interrupts = parts.interrupts
     counters = parts.vcpus.map { _ in ExitCounters() }
-    gate = VCPUGate(threads: parts.vcpus.count)
+    gate = VCPUGate(threads: parts.takesTurns ? 1 : parts.vcpus.count)
     var states: [VCPUState] = []
     for vcpu in parts.vcpus { states.append(try vcpu.readState()) }
     pristine = (try parts.virtualMachine.save(), states)
     interrupts.resetActivities()
   }
+
+  /// Nanoseconds of virtual time since the start; nil where time is the host's.
+  public var virtualTime: UInt64? { virtualClock?.now() }
 
   /// How the run has ended; nil while it has not.
   public var result: Outcome? { outcome.withLock { $0 } }
@@ -99,8 +107,12 @@ public final class Machine: MachineControl {
     let loop = loop
     do {
       var started = [try HostThread(name: "devices") { loop.run() }]
-      for index in vcpus.indices {
-        started.append(try HostThread(name: "vcpu\(index)") { [self] in runVCPU(index) })
+      if takesTurns {
+        started.append(try HostThread(name: "vcpus") { [self] in runTurns() })
+      } else {
+        for index in vcpus.indices {
+          started.append(try HostThread(name: "vcpu\(index)") { [self] in runVCPU(index) })
+        }
       }
       threads.withLock { $0 = started }
     } catch {
@@ -210,7 +222,16 @@ public final class Machine: MachineControl {
       operations.state = .suspended
       return true
     }
-    if sleeps { emit(.suspended) }
+    guard sleeps else { return }
+    emit(.suspended)
+    passTime()
+  }
+
+  /// Virtual time must pass while the machine sleeps, too, for what wakes it.
+  private func passTime() {
+    guard let virtualClock, state == .suspended, virtualClock.skip() else { return }
+    virtualClock.fireDue()
+    loop.execute { [self] in passTime() }
   }
 
   /// Wakes the machine from S3: everything but RAM is reset, and the boot processor begins at the FACS's waking vector.

@@ -1,6 +1,7 @@
 import Accelerator
 import Boot
 import DeviceModel
+import Glibc
 import GuestMemory
 import Host
 import PlatformDevices
@@ -51,13 +52,16 @@ public struct MachineBuilder {
     do { memory = try GuestMemory(map.ram) } catch { throw .memory(error) }
     let loop: EventLoop
     do { loop = try EventLoop() } catch { throw .host(error) }
-    let clock = MachineClock(loop: loop)
+    let clock: any GuestClock
+    let takesTurns: Bool
     let link = MachineLink()
     let virtualMachine: any VirtualMachine
     let interrupts: MachineInterrupts
     var vcpus: [any VirtualCPU] = []
     do {
       virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: model)
+      clock = virtualMachine.virtualTime.map { VirtualClock($0) } ?? MachineClock(loop: loop)
+      takesTurns = configuration.takesTurns || virtualMachine.virtualTime != nil
       try setSlots(virtualMachine)
       let supported = try accelerator.supportedCPUID()
       let policy = CPUIDPolicy(
@@ -68,7 +72,8 @@ public struct MachineBuilder {
         vcpus.append(try virtualMachine.makeVCPU(index: index, cpuid: leaves))
       }
       interrupts = try MachineInterrupts(
-        virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: supported), clock: clock)
+        virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: supported), clock: clock,
+        oneThread: takesTurns)
     } catch {
       throw .accelerator(error)
     }
@@ -76,13 +81,14 @@ public struct MachineBuilder {
     do {
       platform = try MachinePlatform(
         configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link,
-        interrupts: interrupts)
+        interrupts: interrupts, epoch: virtualMachine.virtualTime == nil ? Int64(time(nil)) : VirtualClock.epoch)
     } catch {
       throw .device(error)
     }
     let parts = MachineParts(
-      memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
-      interrupts: interrupts, boot: BootPlan(request, tables), assist: configuration.assist, trace: configuration.trace)
+      memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,
+      takesTurns: takesTurns, platform: platform, interrupts: interrupts, boot: BootPlan(request, tables),
+      assist: configuration.assist, trace: configuration.trace)
     do {
       let machine = try Machine(parts)
       link.connect(machine)

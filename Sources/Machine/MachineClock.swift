@@ -2,8 +2,18 @@ import DeviceModel
 import Host
 import Synchronization
 
+/// Guest time as the machine drives it.
+protocol GuestClock: DeviceClock {
+  /// Lets guest time pass.
+  func start()
+  /// Stops guest time, and with it every timer.
+  func stop()
+  /// Puts the clock of a saved machine in place; it must stand.
+  func set(_ nanoseconds: UInt64)
+}
+
 /// Guest time from the host's monotonic clock: it stands still while the machine is paused.
-final class MachineClock: DeviceClock {
+final class MachineClock: GuestClock {
   private struct State {
     /// Guest time when the clock last stopped or started.
     var base: UInt64 = 0

@@ -31,6 +31,9 @@ public struct MachineConfiguration: Sendable {
   /// Where the interrupt controllers live; nil for the accelerator's local APICs and the VMM's rest, or
   /// all of them the VMM's where the accelerator has none.
   public var interrupts: InterruptControllerModel?
+  /// Whether vCPUs take turns on one thread, a fixed number of instructions each; needs `.instructionLimit`. They do so
+  /// anyway where the accelerator's machines have virtual time.
+  public var takesTurns = false
   /// Where every exit is written down, if anywhere.
   public var trace: ExitTrace?
   /// What executes single instructions that the accelerator cannot, if anything.

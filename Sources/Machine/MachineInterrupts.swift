@@ -1,5 +1,6 @@
 import Accelerator
 import DeviceModel
+import Host
 import PlatformDevices
 import Synchronization
 
@@ -20,13 +21,14 @@ struct MachineInterrupts {
   /// What nobody else keeps.
   private let bus: LocalAPICBus?
 
-  /// Makes the controllers that the accelerator does not have and attaches the vCPUs to them.
+  /// Makes the controllers that the accelerator does not have and attaches the vCPUs, which one thread may run, to them.
   init(
     _ virtualMachine: any VirtualMachine, vcpus: [any VirtualCPU], features: LocalAPIC.Features,
-    clock: any DeviceClock
+    clock: any DeviceClock, oneThread: Bool = false
   ) throws(AcceleratorError) {
     model = virtualMachine.interrupts
-    presences = vcpus.map { VCPUPresence($0) }
+    let shared = Condition(())
+    presences = vcpus.map { VCPUPresence($0, change: oneThread ? shared : Condition(())) }
     switch model {
     case .inKernel:
       sink = VirtualMachineInterrupts(virtualMachine)

@@ -8,7 +8,8 @@ struct MachineParts {
   var virtualMachine: any VirtualMachine
   var vcpus: [any VirtualCPU]
   var loop: EventLoop
-  var clock: MachineClock
+  var clock: any GuestClock
+  var takesTurns = false
   var platform: MachinePlatform
   var interrupts: MachineInterrupts
   var boot: BootPlan

@@ -1,7 +1,6 @@
 import Accelerator
 import Boot
 import DeviceModel
-import Glibc
 import GuestMemory
 import PlatformDevices
 
@@ -17,7 +16,8 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts
+    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
+    epoch: Int64
   ) throws(DeviceModelError) {
     let sink = interrupts.sink
     // Devices on one interrupt share its line.
@@ -37,7 +37,7 @@ struct MachinePlatform {
     try add(power)
     for controller in interrupts.devices { try add(controller) }
     let rtc = RealTimeClock(
-      line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: Int64(time(nil))
+      line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: epoch
     ) { power.signalAlarm() }
     try add(rtc)
     if interrupts.model != .inKernel {

@@ -34,7 +34,7 @@ extension Machine {
         let exit = try vcpu.run()
         if isWoken { presence.leaveGuest() }
         counters.count(ExitCounters.Reason(exit))
-        trace?.record(exit, vcpu: index)
+        trace?.record(exit, vcpu: index, at: nil)
         try handle(exit, vcpu)
       }
     } catch {
@@ -51,14 +51,23 @@ extension Machine {
     _ vcpu: any VirtualCPU, _ local: LocalAPIC, _ presence: VCPUPresence
   ) throws(AcceleratorError) {
     guard local.hasEvents else {
-      var takesInterrupts = false
-      if presence.activity == .halted {
-        takesInterrupts = try vcpu.readRegisters().rflags & Self.interruptFlag != 0
-      }
-      presence.sleep { local.hasEvents || gate.isClosed || takesInterrupts && local.hasInterrupt }
-      if takesInterrupts, local.hasInterrupt { presence.activity = .runnable }
+      let isOpen = presence.activity == .halted ? try takesInterrupts(vcpu) : false
+      presence.sleep { local.hasEvents || gate.isClosed || isOpen && local.hasInterrupt }
+      if isOpen, local.hasInterrupt { presence.activity = .runnable }
       return
     }
+    try takeEvents(vcpu, local, presence)
+  }
+
+  /// Whether a vCPU in `hlt` would take an interrupt.
+  func takesInterrupts(_ vcpu: any VirtualCPU) throws(AcceleratorError) -> Bool {
+    try vcpu.readRegisters().rflags & Self.interruptFlag != 0
+  }
+
+  /// Takes NMI, INIT and SIPI.
+  func takeEvents(
+    _ vcpu: any VirtualCPU, _ local: LocalAPIC, _ presence: VCPUPresence
+  ) throws(AcceleratorError) {
     while let exit = try vcpu.completeExit() { try handle(exit, vcpu) }
     let events = local.takeEvents()
     if events.initialize {
@@ -110,7 +119,7 @@ extension Machine {
     }
   }
 
-  private func handle(_ exit: VCPUExit, _ vcpu: any VirtualCPU) throws(AcceleratorError) {
+  func handle(_ exit: VCPUExit, _ vcpu: any VirtualCPU) throws(AcceleratorError) {
     switch exit {
     case .portIO(let access): portAccess(access)
     case .memoryIO(let access):
@@ -128,7 +137,7 @@ extension Machine {
       } else {
         storeInteger(memoryBus.read(address, size: size), to: access.data, size: size)
       }
-    case .interrupted, .interruptWindow: break
+    case .interrupted, .interruptWindow, .instructionLimit: break
     case .emulationFailure(let bytes):
       let isDone = try assist?.execute(vcpu) { exit throws(AcceleratorError) in try handle(exit, vcpu) }
       if isDone != true { crash(vcpu, .emulationFailure(bytes)) }

@@ -27,6 +27,9 @@ final class VCPUGate: Sendable {
   @inline(__always)
   var isClosed: Bool { closed.load(ordering: .acquiring) }
 
+  /// vCPUs that stay where they are; it changes while the gate is closed.
+  var held: Set<Int> { state.withLock { $0.held } }
+
   /// Closes the gate without waiting: a vCPU thread may call it, and then parks before it enters the guest again.
   func close() {
     closed.store(true, ordering: .releasing)
@@ -55,12 +58,13 @@ final class VCPUGate: Sendable {
   }
 
   /// Called by a vCPU thread that found the gate closed: sleeps until it opens; false when the thread is to end.
-  func park(_ vcpu: Int) -> Bool {
+  /// Without a number it is the thread of all, which looks at `held` itself.
+  func park(_ vcpu: Int? = nil) -> Bool {
     state.withLock { $0.parked += 1 }
     return state.wait { state in
       switch state.wish {
       case .park: return nil
-      case .run where state.held.contains(vcpu): return nil
+      case .run where vcpu.map(state.held.contains) ?? false: return nil
       case .run:
         state.parked -= 1
         return true

@@ -17,12 +17,14 @@ final class VCPUPresence: Sendable {
   /// The machine owns it; it holds the controllers that hold this.
   private weak let vcpu: (any VirtualCPU)?
   private let phase = Atomic(Phase.inVMM)
-  private let change = Condition(())
+  private let change: Condition<Void>
   /// What the vCPU waits for; its thread writes it, and whoever holds the machine paused.
   private let waitsFor = Atomic<UInt32>(ActivityState.runnable.rawValue)
 
-  init(_ vcpu: any VirtualCPU) {
+  /// vCPUs of one thread share what that thread waits for.
+  init(_ vcpu: any VirtualCPU, change: Condition<Void> = Condition(())) {
     self.vcpu = vcpu
+    self.change = change
   }
 
   /// What the vCPU waits for, where the VMM has its local APIC.
@@ -58,9 +60,12 @@ final class VCPUPresence: Sendable {
   func leaveGuest() { phase.store(Phase.inVMM, ordering: .relaxed) }
 
   /// Sleeps until `isOver`, which is asked now and at every wake-up and kick.
-  func sleep(until isOver: () -> Bool) {
-    phase.store(Phase.asleep, ordering: .sequentiallyConsistent)
-    change.wait { _ in isOver() ? () : nil }
-    phase.store(Phase.inVMM, ordering: .relaxed)
+  func sleep(until isOver: () -> Bool) { Self.sleep([self], until: isOver) }
+
+  /// The same for the thread of several vCPUs.
+  static func sleep(_ presences: [VCPUPresence], until isOver: () -> Bool) {
+    for presence in presences { presence.phase.store(Phase.asleep, ordering: .sequentiallyConsistent) }
+    presences[0].change.wait { _ in isOver() ? () : nil }
+    for presence in presences { presence.phase.store(Phase.inVMM, ordering: .relaxed) }
   }
 }

@@ -91,6 +91,8 @@ extension Processor {
   ) throws(Interruption) -> Bool {
     let ip = block.pointee.ip &+ UInt64(op.pointee.distance)
     cpu.pointee.rip = ip
+    cpu.pointee.position = UInt64(op.pointee.number)
+    defer { cpu.pointee.position = 0 }
     do throws(Interruption) {
       if isVector {
         nextIP = ip &+ UInt64(op.pointee.length)

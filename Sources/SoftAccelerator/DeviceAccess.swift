@@ -23,6 +23,8 @@ extension Processor {
         if physical & 15 == 0 {
           controller.write(register: UInt16(physical & 0xff0), value: UInt32(truncatingIfNeeded: value))
         }
+        // It may have made an interrupt deliverable, which comes right after the instruction.
+        leavesBlock = true
         return 0
       }
       return

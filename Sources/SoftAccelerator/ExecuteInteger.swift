@@ -1,5 +1,4 @@
 import CSoftCPU
-import Glibc
 import X86
 
 /// Integer instructions but those on bits, strings and ports.
@@ -198,9 +197,7 @@ extension Processor {
       break
     case .ud0, .ud1, .ud2: throw .invalidOpcode
     case .rdrand, .rdseed:
-      var value: UInt64 = 0
-      getentropy(&value, 8)
-      write(i.operands[0].register, value)
+      write(i.operands[0].register, randomNumber())
       statusFlags = RFLAGS.cf.rawValue
     default:
       if try executeBits(i) { return true }

@@ -19,16 +19,17 @@ extension Processor {
       let operand = i.operands[i.operation.mnemonic == .ins ? 0 : 1]
       try checkPortPermission(UInt16(truncatingIfNeeded: general[2]), size: operand.size)
     }
-    var left = 1024
+    // Iterations, however many are done at once: how often it starts again must not depend on what the TLB has.
+    var left = Self.iterationLimit
     while general[1] & counterMask != 0 {
-      if left <= 0 || soft_attention(cpu) < 0 && left < 1024 {
+      if left == 0 || soft_attention(cpu) < 0 && left < Self.iterationLimit && !isDeterministic {
         nextIP = cpu.pointee.rip
         return true
       }
-      let done = finishesOnly ? 0 : iterateInBulk(i)
+      let done = finishesOnly ? 0 : iterateInBulk(i, limit: left)
       if done > 0 {
         write(1, general[1] &- done, size: i.addressSize)
-        left &-= Int(done >> 6) &+ 1
+        left &-= done
         continue
       }
       try iterate(i)
@@ -44,6 +45,9 @@ extension Processor {
     }
     return true
   }
+
+  /// Iterations of a repeated instruction before the run loop looks around.
+  private static let iterationLimit: UInt64 = 1 << 15
 
   /// One iteration; the counter is the caller's.
   private func iterate(_ i: Instruction) throws(Interruption) {
@@ -91,7 +95,7 @@ extension Processor {
 
   /// Does as many iterations of REP MOVS or REP STOS as lie in one page of RAM on either side; 0 where the single
   /// iterations must do it (overlap, devices, faults, downwards, code).
-  private func iterateInBulk(_ i: Instruction) -> UInt64 {
+  private func iterateInBulk(_ i: Instruction, limit: UInt64) -> UInt64 {
     let mnemonic = i.operation.mnemonic
     guard mnemonic == .movs || mnemonic == .stos, cpu.pointee.other_flags & RFLAGS.df.rawValue == 0,
       cpu.pointee.data_context != TranslationContexts.slow
@@ -102,7 +106,7 @@ extension Processor {
     guard let target = try? linear(Int(Register.es.index), to, size: Int(size), isWrite: true) else { return 0 }
     let left = general[1] & Self.mask(i.addressSize)
     // In one page, and below the wrap of the index.
-    var bytes = min(0x1000 &- target & 0xfff, min(left, 0x1000) &* size)
+    var bytes = min(0x1000 &- target & 0xfff, min(left, limit, 0x1000) &* size)
     if !is64Bit { bytes = min(bytes, Self.mask(i.addressSize) &- to) }
     guard let destination = writableHost(target) else { return 0 }
     if mnemonic == .stos {

@@ -86,6 +86,12 @@ final class Processor: @unchecked Sendable {
   var hostDebug = HostDebug()
   /// A repeated string instruction stops after the iteration under way.
   var finishesOnly = false
+  /// The number of retired instructions at which `run` returns.
+  var instructionLimit = UInt64.max
+  /// Whether nothing but the guest's own instructions and what they bring about may show in what the CPU does.
+  var isDeterministic = false
+  /// Where random numbers come from, where they are always the same ones.
+  var randomState: UInt64 = 0
   /// Whether every instruction is looked at before it is executed.
   var tracesInstructions = false
 
@@ -130,6 +136,8 @@ enum PendingExit {
   case debug(DebugEvent)
   /// `hlt`.
   case halt
+  /// `instructionLimit` is reached.
+  case instructionLimit
   /// An interrupt can be taken, and the VMM asked to be told.
   case interruptWindow
   /// A triple fault.

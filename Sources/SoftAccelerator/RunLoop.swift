@@ -22,10 +22,7 @@ extension Processor {
         }
       }
       if replay.values.isEmpty {
-        if Int64(bitPattern: cpu.pointee.instructions) >= cpu.pointee.budget {
-          cpu.pointee.budget = .max
-          return .none
-        }
+        if cpu.pointee.instructions >= instructionLimit { return .instructionLimit }
         if let exit = takeEvents() { return exit }
       }
       do throws(Interruption) {
@@ -37,8 +34,7 @@ extension Processor {
         return exit
       } catch {
         finishDeviceAccesses()
-        // A program whose handlers cannot be executed retires nothing.
-        if cpu.pointee.budget != .max { cpu.pointee.budget &-= 1 }
+        countException()
         if let exit = deliver(error) ?? hostStop() { return exit }
       }
     }
@@ -105,8 +101,34 @@ extension Processor {
   /// Whether instructions must be taken one by one: a shadow to be lifted, or a device access to be repeated.
   private var stepsSingly: Bool {
     cpu.pointee.interrupt_shadow != 0 || !replay.values.isEmpty || tracesInstructions || isDebugged
-      || hostDebug.singleStep
+      || hostDebug.singleStep || isNearLimit
   }
+
+  // MARK: The instruction limit
+
+  /// Makes `run` return after so many more instructions and exceptions, exactly; on the CPU's thread.
+  ///
+  /// Blocks may retire any number up to `Block.limit` at once, so the last of the way is gone one by one.
+  func limitInstructions(_ count: UInt64) {
+    let (limit, overflows) = (cpu.pointee.instructions &+ cpu.pointee.position).addingReportingOverflow(count)
+    guard !overflows, limit < UInt64(Int64.max) else {
+      instructionLimit = .max
+      cpu.pointee.budget = .max
+      return
+    }
+    instructionLimit = limit
+    cpu.pointee.budget = Int64(limit) &- Int64(Block.limit)
+  }
+
+  /// A program whose handlers cannot be executed retires nothing: for limits and time, an exception is an instruction.
+  private func countException() {
+    cpu.pointee.time_base &+= 1
+    guard instructionLimit != .max, instructionLimit > cpu.pointee.instructions else { return }
+    instructionLimit &-= 1
+    cpu.pointee.budget &-= 1
+  }
+
+  private var isNearLimit: Bool { Int64(bitPattern: cpu.pointee.instructions) > cpu.pointee.budget }
 
   /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).
   private func takeEvents() -> PendingExit? {

@@ -9,14 +9,18 @@ public final class SoftAccelerator: Accelerator {
   /// What the software CPUs can do, on every host.
   public let capabilities: AcceleratorCapabilities = [
     .readOnlyMemory, .dirtyLog, .guestDebug, .watchpoints, .nativeRing0, .executePermission,
-    .controllerRegisters,
+    .controllerRegisters, .instructionLimit,
   ]
 
-  /// The engine; it has no state of its own.
-  public init() {}
+  private let isDeterministic: Bool
+
+  /// The engine. A deterministic one's machines have virtual time, fixed random numbers and the same CPU on every host.
+  public init(isDeterministic: Bool = false) {
+    self.isDeterministic = isDeterministic
+  }
 
   /// The leaves of the CPU that is implemented here.
-  public func supportedCPUID() -> [CPUIDLeaf] { SoftCPUID.leaves }
+  public func supportedCPUID() -> [CPUIDLeaf] { isDeterministic ? SoftCPUID.portableLeaves : SoftCPUID.leaves }
 
   /// A virtual machine without slots or vCPUs. Its interrupt controllers are in the VMM.
   public func makeVirtualMachine(
@@ -25,6 +29,7 @@ public final class SoftAccelerator: Accelerator {
     guard interrupts == .userSpace else {
       throw .unsupported(engine: name, what: "interrupt controllers of its own")
     }
-    return SoftVirtualMachine(memory: memory)
+    guard !isDeterministic || SoftCPUID.hasPortableUnits else { throw .unsupported(engine: name, what: "SSE4.2") }
+    return SoftVirtualMachine(memory: memory, time: isDeterministic ? SoftVirtualTime() : nil)
   }
 }

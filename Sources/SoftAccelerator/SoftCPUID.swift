@@ -11,8 +11,22 @@ enum SoftCPUID {
   /// IA32_ARCH_CAPABILITIES, where it is shown: nothing leaks (RDCL_NO, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, TAA_NO).
   static let architecturalCapabilities: UInt64 = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8
 
-  /// The leaves, without what a machine adds (topology, APIC ids).
-  static let leaves: [CPUIDLeaf] = {
+  /// The leaves, without what a machine adds (topology, APIC ids): all that is implemented on this host.
+  static let leaves = make(units: soft_host_units())
+
+  /// The same on every host: the vector instructions of x86-64-v2.
+  static let portableLeaves = make(units: portableUnits)
+
+  private static let portableUnits: UInt32 =
+    1 << UInt32(SOFT_HOST_SSE3) | 1 << UInt32(SOFT_HOST_SSSE3) | 1 << UInt32(SOFT_HOST_SSE41)
+    | 1 << UInt32(SOFT_HOST_SSE42)
+
+  /// Whether this host has what `portableLeaves` show.
+  static var hasPortableUnits: Bool { soft_host_units() & portableUnits == portableUnits }
+
+  private static func make(units: UInt32) -> [CPUIDLeaf] {
+    // A bit for an instruction set that the host's units have.
+    func host(_ unit: Int, _ bit: UInt32) -> UInt32 { (units >> UInt32(unit) & 1) << bit }
     let vendor = words("GenuineIntel")
     let signature = words("SwiftVMMSoft")
     let brand = words("swiftvmm software CPU".padding(to: 48))
@@ -68,11 +82,6 @@ enum SoftCPUID {
       // 40 bits of physical, 48 of linear address.
       CPUIDLeaf(function: 0x8000_0008, eax: 48 << 8 | 40),
     ]
-  }()
-
-  /// A bit for an instruction set that the host's units have.
-  private static func host(_ unit: Int, _ bit: UInt32) -> UInt32 {
-    (soft_host_units() >> UInt32(unit) & 1) << bit
   }
 
   private static func bits(_ numbers: UInt32...) -> UInt32 { numbers.reduce(0) { $0 | 1 << $1 } }

@@ -21,10 +21,17 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor = Processor(
       number: index, memory: machine.physical, features: ProcessorFeatures(leaves: cpuid), group: machine.group)
     machine.group.add(processor)
+    if let time = machine.time {
+      processor.isDeterministic = true
+      processor.randomState = UInt64(index)
+      processor.timeSource = time.source
+      if index == 0 { time.run(processor.cpu) }
+    }
   }
 
   deinit {
     machine.group.remove(index)
+    machine.time?.forget(processor.cpu)
     data.deallocate()
   }
 
@@ -33,6 +40,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// Runs the guest.
   public func run() throws(AcceleratorError) -> VCPUExit {
     takeAnswer()
+    machine.time?.run(processor.cpu)
     while true {
       if let exit = exit(processor.run()) { return exit }
     }
@@ -51,13 +59,6 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   public func kick() {
     processor.isKicked = true
     soft_set_attention(processor.cpu, .min)
-  }
-
-  /// Makes `run` return `.interrupted` after about as many instructions, exceptions among them: at the end of a block.
-  ///
-  /// - Parameter count: how many from now on; nil for no end.
-  public func setBudget(_ count: UInt64?) {
-    processor.cpu.pointee.budget = count.map { Int64(clamping: processor.cpu.pointee.instructions &+ $0) } ?? .max
   }
 
   /// Hands the VMM's answer to the instruction that waits for it.
@@ -93,6 +94,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     case .debug(let event): return .debug(event)
     case .halt: return .halt
     case .interruptWindow: return .interruptWindow
+    case .instructionLimit: return .instructionLimit
     case .tripleFault: return .tripleFault
     }
   }
@@ -135,6 +137,9 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Instructions retired, without those of the block under way.
   public var instructions: UInt64? { soft_load(soft_instructions(processor.cpu)) }
+
+  /// Makes `run` return `.instructionLimit` after so many more instructions.
+  public func limitInstructions(_ count: UInt64) { processor.limitInstructions(count) }
 
   /// Makes a view the active one.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {

@@ -11,6 +11,10 @@ public final class SoftVirtualMachine: VirtualMachine {
   /// All of them in the VMM.
   public var interrupts: InterruptControllerModel { .userSpace }
 
+  /// Guest time, where it comes from the instructions.
+  public var virtualTime: (any VirtualTime)? { time }
+
+  let time: SoftVirtualTime?
   let physical = PhysicalMemory()
   let group = ProcessorGroup()
   private let slots = Mutex<[UInt32: Slot]>([:])
@@ -26,8 +30,9 @@ public final class SoftVirtualMachine: VirtualMachine {
     nonisolated(unsafe) var dirty: UnsafeMutablePointer<UInt8>?
   }
 
-  init(memory: GuestMemory) {
+  init(memory: GuestMemory, time: SoftVirtualTime? = nil) {
     self.memory = memory
+    self.time = time
     // What devices, loaders and debuggers write may be code that a CPU has decoded.
     memory.setWriteObserver { [group] pointer, count in
       group.memoryWritten(UInt(bitPattern: pointer), count: UInt(count))
@@ -190,13 +195,13 @@ public final class SoftVirtualMachine: VirtualMachine {
   // MARK: Clock and state
 
   /// Nanoseconds of a clock that runs with the host's: no guest sees it, but it moves with the machine.
-  public func readClock() throws(AcceleratorError) -> UInt64 { Self.now() &+ clockOffset.load(ordering: .relaxed) }
+  public func readClock() throws(AcceleratorError) -> UInt64 { now() &+ clockOffset.load(ordering: .relaxed) }
   /// Sets what `readClock` returns.
   public func writeClock(_ nanoseconds: UInt64) throws(AcceleratorError) {
-    clockOffset.store(nanoseconds &- Self.now(), ordering: .relaxed)
+    clockOffset.store(nanoseconds &- now(), ordering: .relaxed)
   }
 
-  private static func now() -> UInt64 { TimeSource.monotonic.read(nil) }
+  private func now() -> UInt64 { time?.now ?? TimeSource.monotonic.read(nil) }
 
   /// The clock: vCPUs and the VMM's interrupt controllers are apart.
   public func save() throws(AcceleratorError) -> StateNode {
@@ -209,7 +214,7 @@ public final class SoftVirtualMachine: VirtualMachine {
     do throws(StateError) {
       let clock = try node.read("soft", versions: 1...1) { reader, _ throws(StateError) in try reader.read(UInt64.self)
       }
-      clockOffset.store(clock &- Self.now(), ordering: .relaxed)
+      clockOffset.store(clock &- now(), ordering: .relaxed)
     } catch {
       throw .state(error)
     }

@@ -22,6 +22,8 @@ final class Console: SerialOutput {
   /// The socket's client; output without one is lost, as with QEMU.
   private let client = Mutex<Client?>(nil)
   private let isTerminal: Bool
+  /// Whether a file's bytes come when the port has room for them, and not when the loop gets round to it.
+  private let isDeterministic: Bool
   private let state = Mutex(Input())
 
   private final class Listener: Sendable {
@@ -35,7 +37,8 @@ final class Console: SerialOutput {
   }
 
   /// Opens what `--serial` names.
-  init(_ text: String) throws(Failure) {
+  init(_ text: String, isDeterministic: Bool = false) throws(Failure) {
+    self.isDeterministic = isDeterministic
     hasInput = text == "stdio"
     isTerminal = hasInput && isatty(STDIN_FILENO) == 1
     let path =
@@ -71,7 +74,7 @@ final class Console: SerialOutput {
       state.withLock { $0.isWatched = true }
     } catch .systemCall(_, EPERM) {
       // A regular file or /dev/null cannot be waited for: it can always be read.
-      machine.loop.execute { [self, machine] in pump(machine, from: input.rawValue) }
+      execute(machine) { [self, machine] in pump(machine, from: input.rawValue) }
     } catch {
       throw .host(error)
     }
@@ -118,6 +121,10 @@ final class Console: SerialOutput {
     }
   }
 
+  private func execute(_ machine: Machine, _ body: @escaping @Sendable () -> Void) {
+    if isDeterministic, !state.withLock({ $0.isWatched }) { body() } else { machine.loop.execute(body) }
+  }
+
   /// Moves bytes from `source` to the port until one of them has no more to give or to take. Runs on the loop.
   private func pump(_ machine: Machine, from source: Int32) {
     repeat {
@@ -131,7 +138,7 @@ final class Console: SerialOutput {
     guard !waiting.isEmpty else { return true }
     let taken = machine.serial.receive(waiting) { [weak self, weak machine] in
       guard let self, let machine else { return }
-      machine.loop.execute {
+      self.execute(machine) {
         // What can be waited for says itself when there is more; a file is read on.
         guard self.deliver(machine, from: source), !self.state.withLock({ $0.isWatched }) else { return }
         self.pump(machine, from: source)

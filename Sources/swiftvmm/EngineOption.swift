@@ -14,15 +14,22 @@ struct EngineOption: ParsableArguments {
   var engine = Engine.auto
 
   /// Opens the engine. `auto` says what it took, and why, on standard error.
-  func open() throws(Failure) -> any Accelerator {
+  ///
+  /// `softOption` is an option that only the software engine has; `auto` then takes that one.
+  func open(softOption: String? = nil, isDeterministic: Bool = false) throws(Failure) -> any Accelerator {
     switch engine {
-    case .soft: return SoftAccelerator()
+    case .soft: return SoftAccelerator(isDeterministic: isDeterministic)
+    case .kvm where softOption != nil: throw .needsSoftEngine(option: softOption ?? "")
     case .kvm:
       let kvm: KVMAccelerator
       do { kvm = try KVMAccelerator() } catch { throw .accelerator(error) }
       if !kvm.capabilities.contains(.nativeRing0) { printError("\(EngineChoice.emulating)") }
       return kvm
     case .auto:
+      if let softOption {
+        printError("\(EngineChoice.asked(softOption))")
+        return SoftAccelerator(isDeterministic: isDeterministic)
+      }
       let kvm: KVMAccelerator
       do {
         kvm = try KVMAccelerator()
@@ -43,12 +50,14 @@ enum EngineChoice: CustomStringConvertible {
   case noKVM(AcceleratorError)
   case measured(RingZeroProbe)
   case emulating
+  case asked(String)
 
   var description: String {
     switch self {
     case .emulating:
       "swiftvmm: engine kvm: this host has no VMX or SVM, so KVM emulates ring 0 and passes no system call of a program on; "
         + "--engine soft runs real operating systems"
+    case .asked(let option): "swiftvmm: engine soft: \(option) needs it"
     case .noKVM(let error): "swiftvmm: engine soft: \(error)"
     case .measured(let probe) where probe.isNative: "swiftvmm: engine kvm: it runs ring 0 natively"
     case .measured(let probe):

@@ -25,6 +25,8 @@ enum Failure: Error {
   case badSize(option: String, value: String)
   case badValue(option: String, value: String, expected: String)
   case engineMissing(String, reason: String)
+  case needsSoftEngine(option: String)
+  case conflict(String, String)
   case input(String)
   case output(path: String, reason: String)
   case machine(MachineError)
@@ -35,7 +37,7 @@ enum Failure: Error {
   var status: ExitStatus {
     switch self {
     case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
-    case .badSize, .badValue: .usage
+    case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .output, .host, .control: .inputOutput
@@ -80,6 +82,8 @@ enum Failure: Error {
       "\(option) \(value): not a size; give bytes, or a number with K, M or G, such as 256M"
     case .badValue(let option, let value, let expected): "\(option) \(value): expected \(expected)"
     case .engineMissing(let engine, let reason): "engine \(engine) is not available: \(reason)"
+    case .needsSoftEngine(let option): "\(option): engine kvm cannot do that; use --engine soft"
+    case .conflict(let one, let other): "\(one) and \(other) exclude each other: leave one of them out"
     case .input(let text): text
     case .output(let path, let reason): "cannot write \(path): \(reason)"
     case .machine(let error): "\(error)"

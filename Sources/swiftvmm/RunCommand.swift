@@ -19,6 +19,11 @@ enum KernelIRQChip: String, ExpressibleByArgument, CaseIterable {
   }
 }
 
+/// An option that is on or off.
+enum Switch: String, ExpressibleByArgument, CaseIterable {
+  case on, off
+}
+
 struct RunCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "run",
@@ -45,6 +50,15 @@ struct RunCommand: ParsableCommand {
     name: .customLong("kernel-irqchip"),
     help: "Interrupt controllers: on (the engine's), split (its local APICs), off (ours); split where it can.")
   var kernelIRQChip: KernelIRQChip?
+
+  @Option(
+    name: .customLong("smp-threads"),
+    help: "vCPUs of the software engine: a thread each (on, the faster), or in turns on one (off).")
+  var smpThreads: Switch?
+
+  @Flag(
+    help: "Virtual time from the instruction count: a run that repeats itself exactly; engine soft, vCPUs in turns.")
+  var deterministic = false
 
   @Option(help: "Kernel command line.")
   var append = ""

@@ -26,6 +26,7 @@ struct RunReport {
     report["exits-by-vcpu"] = .array(machine.counters.map { JSONValue($0.total) })
     let instructions = machine.vcpus.compactMap(\.instructions)
     if !instructions.isEmpty { report["instructions"] = JSONValue(instructions.reduce(0, &+)) }
+    if let time = machine.virtualTime { report["virtual-nanoseconds"] = JSONValue(time) }
     if case .crashed(let crash) = outcome {
       var fields: JSONObject = [
         "reason": .string(crash.reason.name), "vcpu": JSONValue(crash.vcpu),

@@ -25,7 +25,8 @@ struct RunSession {
       let path = try GuestCatalogue.path(of: name)
       return try Self.boot { () throws(BootError) in try BootImage(path: path) }
     }
-    console = try Console(options.serial)
+    if options.deterministic, options.smpThreads == .on { throw .conflict("--deterministic", "--smp-threads on") }
+    console = try Console(options.serial, isDeterministic: options.deterministic)
     trace = try options.trace.map(Self.openTrace)
     var configuration = MachineConfiguration(serial: console)
     configuration.memory = memory
@@ -50,9 +51,16 @@ struct RunSession {
     configuration.firmware = try Self.boot { () throws(BootError) in
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
-    accelerator = try options.engine.open()
+    configuration.takesTurns = options.smpThreads == .off
+    accelerator = try options.engine.open(softOption: Self.softOption(options), isDeterministic: options.deterministic)
     if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
+  }
+
+  /// The first option that only the software engine has.
+  private static func softOption(_ options: RunCommand) -> String? {
+    if options.deterministic { return "--deterministic" }
+    return options.smpThreads == .off ? "--smp-threads off" : nil
   }
 
   /// Runs to the end and returns the exit status.

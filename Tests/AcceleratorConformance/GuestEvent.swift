@@ -10,6 +10,7 @@ enum GuestEvent: Equatable {
   case halt
   case interrupted
   case interruptWindow
+  case instructionLimit
   case tripleFault
   case debug(address: UInt64, status: UInt64)
   case cannotExecute([UInt8])
@@ -49,6 +50,7 @@ enum GuestEvent: Equatable {
     case .halt: self = .halt
     case .interrupted: self = .interrupted
     case .interruptWindow: self = .interruptWindow
+    case .instructionLimit: self = .instructionLimit
     case .tripleFault: self = .tripleFault
     case .debug(let event): self = .debug(address: event.address, status: event.status)
     case .emulationFailure(let bytes): self = .cannotExecute(bytes.array)

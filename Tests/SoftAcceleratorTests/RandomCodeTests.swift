@@ -59,8 +59,8 @@ import X86
       Issue.record("not kicked")
       return
     }
-    cpu.cpu.pointee.budget = 100
-    guard case PendingExit.none = cpu.processor.run() else {
+    cpu.processor.limitInstructions(100)
+    guard case .instructionLimit = cpu.processor.run() else {
       Issue.record("not out of budget")
       return
     }
@@ -75,8 +75,8 @@ import X86
     cpu.processor.localAPIC = SilentAPIC()
     cpu.put([0x0f, 0x0b], at: 0x4000 + 6 * 16)
     cpu.processor.general[4] = 0xfee0_0400
-    cpu.cpu.pointee.budget = 20
-    guard case PendingExit.none = cpu.processor.run() else {
+    cpu.processor.limitInstructions(20)
+    guard case .instructionLimit = cpu.processor.run() else {
       Issue.record("not out of budget")
       return
     }

@@ -64,6 +64,10 @@ typedef struct {
   uint64_t inside;
   // Retired instructions, without those of the block under way.
   uint64_t instructions;
+  // Those, while an operation of the block executes the slow way and may look at the time; else 0.
+  uint64_t position;
+  // Virtual time when the count was 0, as of when this CPU last began to run.
+  uint64_t time_base;
   // es, cs, ss, ds, fs, gs, flat, then ldtr and tr.
   soft_segment segment[9];
 
@@ -128,6 +132,25 @@ SOFT_ACCESS(64)
 static inline void *_Nonnull soft_operand(soft_cpu *_Nonnull cpu) { return cpu->operand; }
 static inline void *_Nonnull soft_result(soft_cpu *_Nonnull cpu) { return cpu->result; }
 static inline void *_Nonnull soft_area(soft_cpu *_Nonnull cpu) { return cpu->area; }
+
+// Virtual time: the instructions of the CPU that runs, on top of what was before; another's begin where its end.
+typedef struct {
+  soft_cpu *_Nullable running;
+} soft_time;
+
+// Nanoseconds; exact on the thread that runs the CPU, recent on others.
+static inline uint64_t soft_now(const soft_time *_Nonnull time) {
+  soft_cpu *cpu = __atomic_load_n(&time->running, __ATOMIC_ACQUIRE);
+  if (!cpu) return 0;
+  return __atomic_load_n(&cpu->time_base, __ATOMIC_RELAXED) + __atomic_load_n(&cpu->instructions, __ATOMIC_RELAXED) +
+         __atomic_load_n(&cpu->position, __ATOMIC_RELAXED);
+}
+
+// Makes `cpu` the one that runs, at a time of the caller's choice.
+static inline void soft_time_run(soft_time *_Nonnull time, soft_cpu *_Nonnull cpu, uint64_t now) {
+  __atomic_store_n(&cpu->time_base, now - cpu->instructions - cpu->position, __ATOMIC_RELAXED);
+  __atomic_store_n(&time->running, cpu, __ATOMIC_RELEASE);
+}
 
 static inline int64_t soft_attention(soft_cpu *_Nonnull cpu) { return __atomic_load_n(&cpu->attention, __ATOMIC_RELAXED); }
 static inline void soft_set_attention(soft_cpu *_Nonnull cpu, int64_t value) {

@@ -83,7 +83,7 @@ public final class RandomRun {
     for _ in 0..<Self.exitLimit where budget > 0 {
       let vcpu = random.pick(machine.vcpus)
       let part = min(budget, UInt64(1 + random.below(1500)))
-      vcpu.setBudget(part)
+      vcpu.limitInstructions(part)
       let before = vcpu.instructions ?? 0
       let exit = try vcpu.run()
       // What ends no instruction is an exit at least.
@@ -117,6 +117,8 @@ public final class RandomRun {
       if vcpu.isInterruptible { try interrupt(vcpu) }
       return true
     case .interrupted:
+      return true
+    case .instructionLimit:
       count("budget")
       return true
     case .debug:
