@@ -97,7 +97,7 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON",
-        "KVMAccelerator", "Machine", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
+        "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.

@@ -59,6 +59,8 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let controllerRegisters = Self(rawValue: 1 << 11)
   /// `limitInstructions`.
   public static let instructionLimit = Self(rawValue: 1 << 12)
+  /// Data watchpoints on reads alone.
+  public static let readWatchpoints = Self(rawValue: 1 << 13)
 }
 
 /// One virtual machine of an accelerator. Its methods may be called from any thread.
@@ -179,12 +181,16 @@ public protocol VirtualCPU: AnyObject, Sendable {
   /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
   /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
   func selectView(_ view: MemoryView?) throws(AcceleratorError)
+  /// What `selectView` chose last.
+  var activeView: MemoryView? { get }
   /// Gives the vCPU the PIC's interrupts, once and before the first run, where only the local APICs are the accelerator's
   /// (`.split`).
   func attach(external source: any InterruptSource) throws(AcceleratorError)
   /// Guest nanoseconds until the vCPU's time-stamp counter has this value, 0 where it has passed; nil where that will
   /// never be. For the TSC deadline of an attached local APIC, on the vCPU's thread.
   func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64?
+  /// How many breakpoints `setDebug` takes.
+  var breakpointLimit: Int { get }
   /// Single step and hardware breakpoints on behalf of a debugger.
   func setDebug(_ control: DebugControl) throws(AcceleratorError)
 }
@@ -195,6 +201,12 @@ extension VirtualCPU {
 
   /// Nothing: there is no such capability here.
   public func limitInstructions(_ count: UInt64) {}
+
+  /// A processor's own.
+  public var breakpointLimit: Int { 4 }
+
+  /// nil: there are no views here.
+  public var activeView: MemoryView? { nil }
 
   /// Refused: there are no views here.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {

@@ -148,24 +148,28 @@ public struct DebugEvent: Sendable {
   public let status: UInt64
   /// The exception: 1 (#DB) or 3 (#BP).
   public let vector: UInt8
+  /// The first breakpoint that was met, by its place in `DebugControl.breakpoints`; there may be more than DR6 has bits for.
+  public let breakpoint: Int?
 
-  /// An event as the accelerator saw it.
-  public init(address: UInt64, status: UInt64, vector: UInt8) {
+  /// An event as the accelerator saw it; without a breakpoint, the one that DR6 names.
+  public init(address: UInt64, status: UInt64, vector: UInt8, breakpoint: Int? = nil) {
     self.address = address
     self.status = status
     self.vector = vector
+    self.breakpoint = breakpoint ?? (status & 15 == 0 ? nil : status.trailingZeroBitCount)
   }
 }
 
 /// What a debugger wants of a vCPU. The guest's own debug registers are not touched.
 public struct DebugControl: Equatable, Sendable {
-  /// One of up to four hardware breakpoints.
+  /// One of up to `VirtualCPU.breakpointLimit` hardware breakpoints.
   public struct Breakpoint: Equatable, Sendable {
-    /// What it watches, as DR7's R/W field encodes it.
+    /// What it watches, as DR7's R/W field encodes it; `read`, which no processor has, needs `.readWatchpoints`.
     public enum Kind: UInt8, Sendable {
       case execute = 0
       case write = 1
       case access = 3
+      case read = 4
     }
     /// Linear address.
     public var address: UInt64
@@ -183,7 +187,7 @@ public struct DebugControl: Equatable, Sendable {
   }
   /// Stop after each instruction. Interrupts wait meanwhile, where the host can hold them: a step would end in a handler.
   public var singleStep = false
-  /// At most four.
+  /// At most `VirtualCPU.breakpointLimit`.
   public var breakpoints: [Breakpoint] = []
   /// Whether the debugger wants the guest's `int3` (its own software breakpoints).
   public var software = false

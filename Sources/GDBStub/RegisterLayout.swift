@@ -76,6 +76,7 @@ private struct RegisterVisitor {
     visit("cr4", "cr4_flags", "system", &state.system.cr4)
     visit("cr8", "int64", "system", &state.system.cr8)
     visit("efer", "efer_flags", "system", &state.system.efer)
+    visitTables(&state.system)
     guard hasAVX else { return }
     feature = "org.gnu.gdb.i386.avx"
     for index in 0..<16 { visit("ymm\(index)h", "uint128", nil, &state.extended, at: 576 + 16 * index, 16) }
@@ -112,6 +113,22 @@ private struct RegisterVisitor {
     visit("es", &system.es, isRealMode)
     visit("fs", &system.fs, isRealMode)
     visit("gs", &system.gs, isRealMode)
+  }
+
+  /// What segment registers hold beside their selectors, and the descriptor tables.
+  private mutating func visitTables(_ system: inout SystemRegisters) {
+    visit("cs_base", "int64", "system", &system.cs.base)
+    visit("ss_base", "int64", "system", &system.ss.base)
+    visit("ds_base", "int64", "system", &system.ds.base)
+    visit("es_base", "int64", "system", &system.es.base)
+    visit("gdt_base", "data_ptr", "system", &system.gdt.base)
+    visit("gdt_limit", "int16", "system", &system.gdt.limit)
+    visit("idt_base", "data_ptr", "system", &system.idt.base)
+    visit("idt_limit", "int16", "system", &system.idt.limit)
+    visit("ldt", "int16", "system", &system.ldt.selector)
+    visit("ldt_base", "data_ptr", "system", &system.ldt.base)
+    visit("tr", "int16", "system", &system.tr.selector)
+    visit("tr_base", "data_ptr", "system", &system.tr.base)
   }
 
   /// The legacy region's x87 part (SDM vol. 1, table 10-2); gdb wants 32 bits of each register, and the full tag word.

@@ -171,8 +171,11 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Sets what the debugger wants (`KVM_SET_GUEST_DEBUG`).
   public func setDebug(_ control: DebugControl) throws(AcceleratorError) {
-    guard control.breakpoints.count <= 4 else { throw .breakpointCount(control.breakpoints.count, limit: 4) }
+    guard control.breakpoints.count <= breakpointLimit else {
+      throw .breakpointCount(control.breakpoints.count, limit: breakpointLimit)
+    }
     for breakpoint in control.breakpoints {
+      guard breakpoint.kind != .read else { throw .unsupported(engine: "kvm", what: "watchpoints on reads alone") }
       guard breakpoint.kind == .execute ? breakpoint.length == 1 : [1, 2, 4, 8].contains(breakpoint.length) else {
         throw .breakpointLength(address: breakpoint.address, length: breakpoint.length)
       }

@@ -58,13 +58,8 @@ public final class MemoryView: Sendable {
     while true {
       let word = node.words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
       guard word & Self.present != 0 else { return Entry(rights: defaultRights, hostPage: 0) }
-      if level == 0 {
-        return Entry(
-          rights: PageRights(rawValue: UInt8(truncatingIfNeeded: word & 7)), hostPage: UInt(word & ~0xfff))
-      }
-      node = Unmanaged<Node>.fromOpaque(
-        UnsafeRawPointer(bitPattern: UInt(word & ~Self.present)).unsafelyUnwrapped
-      ).takeUnretainedValue()
+      if level == 0 { return Entry(word) }
+      node = Self.table(word)
       level -= 1
     }
   }
@@ -96,6 +91,13 @@ public final class MemoryView: Sendable {
   /// Set in every word that says something: a leaf's, beside the rights; a table's, which is aligned to 16 bytes.
   private static let present: UInt64 = 8
 
+  /// The table that a word names.
+  private static func table(_ word: UInt64) -> Node {
+    Unmanaged<Node>.fromOpaque(
+      UnsafeRawPointer(bitPattern: UInt(word & ~present)).unsafelyUnwrapped
+    ).takeUnretainedValue()
+  }
+
   private static func index(_ address: UInt64, _ level: Int) -> Int {
     Int(address >> UInt64(12 + 9 * level) & 0x1ff)
   }
@@ -114,6 +116,23 @@ public final class MemoryView: Sendable {
     }
   }
 
+  /// Calls `body` with every page that there is an entry of, by rising address.
+  func forEachEntry(_ body: (_ address: UInt64, Entry) -> Void) {
+    func visit(_ node: Node, _ base: UInt64, _ level: Int) {
+      for index in 0..<512 {
+        let word = node.words[index].load(ordering: .acquiring)
+        guard word & Self.present != 0 else { continue }
+        let address = base | UInt64(index) << UInt64(12 + 9 * level)
+        if level == 0 {
+          body(address, Entry(word))
+        } else {
+          visit(Self.table(word), address, level - 1)
+        }
+      }
+    }
+    visit(root, 0, 3)
+  }
+
   /// The lowest table for an address, made where it is missing.
   private func leaf(_ address: UInt64) -> Node {
     var node = root
@@ -121,9 +140,7 @@ public final class MemoryView: Sendable {
       let slot = node.words + Self.index(address, level)
       let word = slot.pointee.load(ordering: .relaxed)
       if word & Self.present != 0 {
-        node = Unmanaged<Node>.fromOpaque(
-          UnsafeRawPointer(bitPattern: UInt(word & ~Self.present)).unsafelyUnwrapped
-        ).takeUnretainedValue()
+        node = Self.table(word)
       } else {
         let table = Node()
         node.children.withLock { $0.append(table) }
@@ -148,5 +165,12 @@ public final class MemoryView: Sendable {
       words.deinitialize(count: 512)
       words.deallocate()
     }
+  }
+}
+
+extension MemoryView.Entry {
+  /// What a leaf's word says.
+  fileprivate init(_ word: UInt64) {
+    self.init(rights: PageRights(rawValue: UInt8(truncatingIfNeeded: word & 7)), hostPage: UInt(word & ~0xfff))
   }
 }

@@ -12,8 +12,8 @@ struct HostDebug {
   var code: [(number: Int, address: UInt64)] = []
   /// Data to stop after an access to.
   var data: [(number: Int, breakpoint: DebugControl.Breakpoint)] = []
-  /// Data breakpoints that the instruction under way has met: bits of DR6.
-  var met: UInt64 = 0
+  /// The first data breakpoint that the instruction under way has met.
+  var met: Int?
   /// Whether instructions may be breakpoints.
   var isActive: Bool { singleStep || !code.isEmpty }
 
@@ -52,18 +52,17 @@ extension Processor {
   /// Stops before the instruction at RIP where the debugger has a breakpoint on it.
   func checkHostBreakpoints() throws(Interruption) {
     let address = codeAddress(cpu.pointee.rip)
-    let met = hostDebug.code.reduce(0 as UInt64) { $1.address == address ? $0 | 1 << UInt64($1.number) : $0 }
-    guard met != 0 else { return }
-    pendingExit = .debug(DebugEvent(address: address, status: met, vector: ExceptionVector.debug.rawValue))
+    guard let met = hostDebug.code.first(where: { $0.address == address }) else { return }
+    pendingExit = .debug(hostEvent(met.number, isStep: false))
     throw .exit
   }
 
   /// Records the debugger's data breakpoints that an access meets.
   func noteForHost(_ linear: UInt64, count: Int, isWrite: Bool) {
-    for (number, breakpoint) in hostDebug.data where isWrite || breakpoint.kind == .access {
+    for (number, breakpoint) in hostDebug.data where breakpoint.kind != (isWrite ? .read : .write) {
       let length = UInt64(breakpoint.length)
       if linear &- breakpoint.address < length || breakpoint.address &- linear < UInt64(count) {
-        hostDebug.met |= 1 << UInt64(number)
+        hostDebug.met = min(number, hostDebug.met ?? number)
         leavesBlock = true
       }
     }
@@ -71,12 +70,16 @@ extension Processor {
 
   /// The stop that is due after an instruction, if any.
   func hostStop() -> PendingExit? {
-    let step: UInt64 = hostDebug.singleStep ? 1 << 14 : 0
-    let status = hostDebug.met | step
-    guard status != 0, replay.values.isEmpty else { return nil }
-    hostDebug.met = 0
-    return .debug(
-      DebugEvent(
-        address: codeAddress(cpu.pointee.rip), status: status, vector: ExceptionVector.debug.rawValue))
+    guard hostDebug.singleStep || hostDebug.met != nil, replay.values.isEmpty else { return nil }
+    defer { hostDebug.met = nil }
+    return .debug(hostEvent(hostDebug.met, isStep: hostDebug.singleStep))
+  }
+
+  /// What the debugger is told; DR6 has bits for the first four breakpoints.
+  private func hostEvent(_ number: Int?, isStep: Bool) -> DebugEvent {
+    var status: UInt64 = isStep ? 1 << 14 : 0
+    if let number, number < 4 { status |= 1 << UInt64(number) }
+    return DebugEvent(
+      address: codeAddress(cpu.pointee.rip), status: status, vector: ExceptionVector.debug.rawValue, breakpoint: number)
   }
 }

@@ -147,6 +147,9 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.selectSpace(keep: true)
   }
 
+  /// The view that is active.
+  public var activeView: MemoryView? { processor.view }
+
   // MARK: Events
 
   /// Attaches the local APIC.
@@ -180,9 +183,14 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.translate(linear).map { GuestPhysicalAddress($0) }
   }
 
+  /// Every block that is decoded is looked up among them.
+  public var breakpointLimit: Int { 1024 }
+
   /// Sets what the debugger wants.
   public func setDebug(_ control: DebugControl) throws(AcceleratorError) {
-    guard control.breakpoints.count <= 4 else { throw .breakpointCount(control.breakpoints.count, limit: 4) }
+    guard control.breakpoints.count <= breakpointLimit else {
+      throw .breakpointCount(control.breakpoints.count, limit: breakpointLimit)
+    }
     for breakpoint in control.breakpoints {
       guard breakpoint.kind == .execute ? breakpoint.length == 1 : [1, 2, 4, 8].contains(breakpoint.length) else {
         throw .breakpointLength(address: breakpoint.address, length: breakpoint.length)

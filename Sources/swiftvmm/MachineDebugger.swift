@@ -3,6 +3,7 @@ import GDBStub
 import GuestMemory
 import Host
 import Machine
+import MemoryViews
 import Synchronization
 
 /// A machine as gdb sees it: vCPUs are threads, addresses are linear addresses of the vCPU in question.
@@ -10,11 +11,10 @@ import Synchronization
 /// Breakpoints of every kind are the processor's own, set on behalf of the host: the guest's memory and debug registers do
 /// not show them, and a guest without a #BP handler never meets one.
 final class MachineDebugger: DebugTarget {
-  /// The processor's breakpoint registers.
-  private static let breakpointLimit = 4
   private static let kernelGSBase: UInt32 = 0xc000_0102
 
   private let machine: Machine
+  private let engine: String
   private let capabilities: AcceleratorCapabilities
   let hasAVX: Bool
   private let state = Mutex(State())
@@ -28,6 +28,7 @@ final class MachineDebugger: DebugTarget {
 
   init(_ machine: Machine, on accelerator: any Accelerator) throws(AcceleratorError) {
     self.machine = machine
+    engine = accelerator.name
     capabilities = accelerator.capabilities
     hasAVX = try accelerator.supportedCPUID().contains { $0.function == 1 && $0.ecx & 1 << 28 != 0 }
   }
@@ -76,12 +77,12 @@ final class MachineDebugger: DebugTarget {
     if let stop { state.withLock { $0.observer }?(stop) }
   }
 
-  /// DR6 (SDM vol. 3, 18.2.3): bits 0-3 name the breakpoint register, bit 14 a single step.
+  /// DR6 (SDM vol. 3, 18.2.3): bit 14 is a single step.
   private static func stop(_ vcpu: Int, _ event: DebugEvent, _ breakpoints: [DebugBreakpoint]) -> DebugStop {
-    for (slot, breakpoint) in breakpoints.enumerated() where event.status >> UInt64(slot) & 1 != 0 {
-      switch breakpoint.kind {
+    if let number = event.breakpoint, breakpoints.indices.contains(number) {
+      switch breakpoints[number].kind {
       case .software, .hardware: return .breakpoint(thread: vcpu)
-      default: return .watchpoint(thread: vcpu, address: breakpoint.address)
+      case .write, .read, .access: return .watchpoint(thread: vcpu, address: breakpoints[number].address)
       }
     }
     return event.status & 1 << 14 != 0 ? .step(thread: vcpu) : .breakpoint(thread: vcpu)
@@ -109,14 +110,15 @@ final class MachineDebugger: DebugTarget {
   // MARK: Breakpoints
 
   func setBreakpoints(_ breakpoints: [DebugBreakpoint]) throws(DebugError) {
-    guard breakpoints.count <= Self.breakpointLimit else { throw .noRoom(limit: Self.breakpointLimit) }
+    let limit = machine.vcpus.map(\.breakpointLimit).min() ?? 0
+    guard breakpoints.count <= limit else { throw .noRoom(limit: limit) }
     for breakpoint in breakpoints {
       switch breakpoint.kind {
       case .software, .hardware: break
-      case .write, .access:
-        guard capabilities.contains(.watchpoints), [1, 2, 4, 8].contains(breakpoint.length) else { throw .unsupported }
-      // The processor has no breakpoint on reads alone.
-      case .read: throw .unsupported
+      case .write, .access, .read:
+        // Processors have no breakpoint on reads alone.
+        let needed: AcceleratorCapabilities = breakpoint.kind == .read ? .readWatchpoints : .watchpoints
+        guard capabilities.contains(needed), [1, 2, 4, 8].contains(breakpoint.length) else { throw .unsupported }
       }
     }
     let old = state.withLock { state in
@@ -135,13 +137,15 @@ final class MachineDebugger: DebugTarget {
     var control = DebugControl()
     control.singleStep = stepping
     control.breakpoints = state.withLock { $0.breakpoints }.map { breakpoint in
-      switch breakpoint.kind {
-      case .software, .hardware: DebugControl.Breakpoint(address: breakpoint.address, kind: .execute, length: 1)
-      case .write:
-        DebugControl.Breakpoint(address: breakpoint.address, kind: .write, length: UInt8(breakpoint.length))
-      default:
-        DebugControl.Breakpoint(address: breakpoint.address, kind: .access, length: UInt8(breakpoint.length))
-      }
+      let kind: DebugControl.Breakpoint.Kind =
+        switch breakpoint.kind {
+        case .software, .hardware: .execute
+        case .write: .write
+        case .read: .read
+        case .access: .access
+        }
+      return DebugControl.Breakpoint(
+        address: breakpoint.address, kind: kind, length: kind == .execute ? 1 : UInt8(breakpoint.length))
     }
     return control
   }
@@ -230,6 +234,16 @@ final class MachineDebugger: DebugTarget {
       DebugMonitorCommand(name: "reset", help: "reset the machine") { [machine] _ in
         machine.reset(byGuest: false)
         return "reset\n"
+      },
+      DebugMonitorCommand(name: "views", help: "each vCPU's memory view, its ranges and their rights") {
+        [machine, engine, capabilities] _ in
+        guard capabilities.contains(.executePermission) else {
+          return "engine \(engine) has one view only: all of memory, rwx\n"
+        }
+        return machine.vcpus.map {
+          "vCPU \($0.index): \($0.activeView?.description ?? "no view: all of memory, rwx")\n"
+        }
+        .joined()
       },
     ]
   }

@@ -89,6 +89,7 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
     (.inKernelInterrupts, "interrupt controllers in the accelerator"),
     (.splitInterrupts, "split interrupt controllers"),
     (.eventNotifiers, "event descriptors"), (.guestDebug, "guest debugging"), (.watchpoints, "watchpoints"),
+    (.readWatchpoints, "watchpoints on reads"),
     (.nativeRing0, "ring 0 at full speed"), (.executePermission, "execute permissions"),
   ]
 }

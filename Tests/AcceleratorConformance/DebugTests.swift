@@ -83,6 +83,32 @@ import Testing
     #expect(try machine.next() == .done)
   }
 
+  /// `stores` writes to RDI and `loads` reads there: the seventh breakpoint is met by one of them alone.
+  @Test(arguments: AcceleratorUnderTest.catalogue, [DebugControl.Breakpoint.Kind.read, .write, .access])
+  func watchesReadsAlone(_ subject: AcceleratorUnderTest, _ kind: DebugControl.Breakpoint.Kind) throws {
+    for (guest, meets) in [("loads", kind != .write), ("stores", kind != .read)] {
+      let machine = try TestMachine(subject, needs: .readWatchpoints)
+      var control = DebugControl()
+      control.breakpoints = (0..<6).map { .init(address: 0xffff_0000 + $0, kind: .execute, length: 1) }
+      control.breakpoints.append(.init(address: TestMachine.data, kind: kind, length: 8))
+      try machine.start(guest) {
+        $0.rdi = TestMachine.data
+        $0.rsi = 0x800
+        $0.rcx = 1
+      }
+      try machine.vcpu.setDebug(control)
+      if meets {
+        guard case .debug(let event) = try machine.vcpu.run() else {
+          Issue.record("\(guest) met nothing")
+          continue
+        }
+        #expect(event.breakpoint == 6)
+        #expect(event.status & 15 == 0)
+      }
+      #expect(try machine.next() == .done)
+    }
+  }
+
   @Test(arguments: AcceleratorUnderTest.catalogue)
   func leavesTheGuestsRegistersAlone(_ subject: AcceleratorUnderTest) throws {
     let machine = try TestMachine(subject, needs: .guestDebug)
@@ -118,8 +144,13 @@ import Testing
         try machine.vcpu.setDebug(control)
       }
     }
-    control.breakpoints = (0..<5).map { .init(address: $0, kind: .execute, length: 1) }
-    #expect(throws: AcceleratorError.breakpointCount(5, limit: 4)) { try machine.vcpu.setDebug(control) }
+    let limit = machine.vcpu.breakpointLimit
+    #expect(limit >= 4)
+    control.breakpoints = (0...UInt64(limit)).map { .init(address: $0, kind: .execute, length: 1) }
+    #expect(throws: AcceleratorError.breakpointCount(limit + 1, limit: limit)) { try machine.vcpu.setDebug(control) }
+    guard !machine.accelerator.capabilities.contains(.readWatchpoints) else { return }
+    control.breakpoints = [.init(address: 0x1000, kind: .read, length: 8)]
+    #expect(throws: AcceleratorError.self) { try machine.vcpu.setDebug(control) }
   }
 
   @Test(arguments: AcceleratorUnderTest.catalogue)

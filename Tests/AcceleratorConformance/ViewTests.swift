@@ -98,7 +98,11 @@ import Testing
   func areRefusedWhereThereAreNone(_ subject: AcceleratorUnderTest) throws {
     let machine = try TestMachine(subject)
     if machine.accelerator.capabilities.contains(.executePermission) {
+      let view = MemoryView(number: 9)
+      try machine.vcpu.selectView(view)
+      #expect(machine.vcpu.activeView === view)
       try machine.vcpu.selectView(nil)
+      #expect(machine.vcpu.activeView == nil)
     } else {
       #expect(throws: AcceleratorError.self) { try machine.vcpu.selectView(MemoryView(number: 1)) }
     }

@@ -3,13 +3,15 @@ import Host
 import Testing
 
 /// A running machine's faces, from outside: gdb, and the control socket's commands.
-@Suite(.enabled(if: VMM.hasKVM && VMM.isBuilt, "needs /dev/kvm, the release build and scripts/build-guests"))
+@Suite(.enabled(if: VMM.isBuilt, "needs the release build and scripts/build-guests"))
 struct FaceTests {
   /// A machine that runs while `body` does.
-  private func withMachine<Result>(_ arguments: [String], _ body: (Process) throws -> Result) throws -> Result {
+  private func withMachine<Result>(
+    _ arguments: [String], engine: String = "kvm", _ body: (Process) throws -> Result
+  ) throws -> Result {
     let process = Process()
     process.executableURL = URL(fileURLWithPath: VMM.path)
-    process.arguments = ["run", "--engine", "kvm", "--time-limit", "120"] + arguments
+    process.arguments = ["run", "--engine", engine, "--time-limit", "120"] + arguments
     if !arguments.contains("--serial") { process.arguments? += ["--serial", "none"] }
     process.standardInput = FileHandle.nullDevice
     process.standardError = FileHandle.nullDevice
@@ -25,12 +27,14 @@ struct FaceTests {
     for _ in 0..<1200 where access(path, F_OK) != 0 { usleep(50_000) }
   }
 
-  @Test(.enabled(if: access("/usr/bin/gdb", X_OK) == 0, "gdb is not installed"))
-  func gdbStopsStepsAndContinues() throws {
+  @Test(
+    .enabled(if: access("/usr/bin/gdb", X_OK) == 0, "gdb is not installed"),
+    arguments: VMM.hasKVM ? ["kvm", "soft"] : ["soft"])
+  func gdbStopsStepsAndContinues(engine: String) throws {
     let folder = try TemporaryFolder()
     let socket = folder.path + "/gdb"
     let image = VMM.checkout + "/build/guests/hello.elf"
-    try withMachine(["hello", "--paused", "--cpus", "2", "--gdb", "unix:\(socket)"]) { process in
+    try withMachine(["hello", "--paused", "--cpus", "2", "--gdb", "unix:\(socket)"], engine: engine) { process in
       waitForFile(socket)
       let gdb = Process()
       let pipe = Pipe()
@@ -58,7 +62,7 @@ struct FaceTests {
     }
   }
 
-  @Test func controlCommandsReachTheMachine() throws {
+  @Test(.enabled(if: VMM.hasKVM, "needs /dev/kvm")) func controlCommandsReachTheMachine() throws {
     let folder = try TemporaryFolder()
     let socket = folder.path + "/control"
     let loop = try folder.file("loop.img", bootSector([0xeb, 0xfe]))
@@ -81,7 +85,7 @@ struct FaceTests {
     }
   }
 
-  @Test func signalsEndTheRunInGoodOrder() throws {
+  @Test(.enabled(if: VMM.hasKVM, "needs /dev/kvm")) func signalsEndTheRunInGoodOrder() throws {
     let folder = try TemporaryFolder()
     let socket = folder.path + "/control"
     let loop = try folder.file("loop.img", bootSector([0xeb, 0xfe]))
@@ -95,7 +99,7 @@ struct FaceTests {
     }
   }
 
-  @Test func serialPortOnAUnixSocket() throws {
+  @Test(.enabled(if: VMM.hasKVM, "needs /dev/kvm")) func serialPortOnAUnixSocket() throws {
     let folder = try TemporaryFolder()
     let socket = folder.path + "/serial"
     // Echoes one key and exits with status 3; the loop before it waits for the client.
@@ -116,7 +120,7 @@ struct FaceTests {
     }
   }
 
-  @Test func keysReachTheGuest() throws {
+  @Test(.enabled(if: VMM.hasKVM, "needs /dev/kvm")) func keysReachTheGuest() throws {
     // The boot ROM's keyboard service is COM1: echo three keys, then exit with status 3.
     let folder = try TemporaryFolder()
     // mov cx,3; l: mov ah,0; int 16h; mov ah,0eh; int 10h; loop l; mov al,1; out 0xf4,al

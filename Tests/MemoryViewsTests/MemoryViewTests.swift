@@ -41,4 +41,32 @@ import Testing
     view.replace(address(0x3000), by: nil, rights: .all)
     #expect(view[address(0x3000)].hostPage == 0)
   }
+
+  @Test func describesItsRangesForADebugger() throws {
+    let view = MemoryView(number: 5, defaultRights: [.read, .write])
+    #expect(view.description == "view 5\n  everything else rw-")
+    let pages = UnsafeMutableRawPointer.allocate(byteCount: 8192, alignment: 4096)
+    defer { pages.deallocate() }
+    // Across a table's end; two pages of other memory that follow one another, and the same one twice.
+    view.set([.read], for: try #require(GuestRange(start: address(0x1f_f000), size: 0x3000)))
+    view.set([.read, .execute], for: try #require(GuestRange(start: address(0x20_2000), size: 0x1000)))
+    view.replace(address(0x40_0000), by: pages, rights: .all)
+    view.replace(address(0x40_1000), by: pages + 4096, rights: .all)
+    view.replace(address(0x40_2000), by: pages + 4096, rights: .all)
+    #expect(
+      view.description == """
+        view 5
+          0x1ff000-0x201fff r--
+          0x202000-0x202fff r-x
+          0x400000-0x401fff rwx, other memory
+          0x402000-0x402fff rwx, other memory
+          everything else rw-
+        """)
+    // No more than a debugger's user reads.
+    for page in 0..<600 as Range<UInt64> where page & 1 == 0 {
+      view.set([], for: try #require(GuestRange(start: address(0x1000_0000 + page << 12), size: 1)))
+    }
+    #expect(view.runs.count == 304)
+    #expect(view.description.contains("and 48 ranges more"))
+  }
 }
