@@ -41,7 +41,7 @@ final class RandomMachine {
 
   private(set) var machine: any VirtualMachine
   private(set) var vcpus: [SoftVirtualCPU] = []
-  private let accelerator = SoftAccelerator()
+  private var accelerator = SoftAccelerator()
   private let memory: GuestMemory
   /// Where each piece begins in `memory`.
   private let places: [UInt64]
@@ -72,6 +72,7 @@ final class RandomMachine {
   /// A new machine over the memory, whose basic contents are new too.
   func renew(_ random: inout RandomSource) throws {
     vcpus = []
+    accelerator = SoftAccelerator(isDeterministic: random.oneIn(2))
     machine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .userSpace)
     for number in Self.pieces.indices { try setSlot(number, isLogged: random.oneIn(4)) }
     for index in 0..<(random.oneIn(3) ? 2 : 1) {
