@@ -45,10 +45,229 @@ enum OperationCode: UInt16 {
   case setNS, setP, setNP, setL, setGE, setLE, setG, pushR
   case pushI, popR, leave, sseCopy, sseLoad, sseStore, sseUnit, sseUnitM
   case sseUnitG, vexCopy, vexLoad, vexStore, vexUnit, vexUnitM, ymmCopy, ymmLoad
-  case ymmStore, ymmUnit, ymmUnitM, ymmUnitG, vector, generic, next, jmp
-  case jO, jNO, jB, jAE, jE, jNE, jBE, jA
-  case jS, jNS, jP, jNP, jL, jGE, jLE, jG
-  case call, ret, jmpR, jmpM, callR, step, genericEnd
+  case ymmStore, ymmUnit, ymmUnitM, ymmUnitG, vector, generic, addLRRSilent, addLRISilent
+  case addLRMSilent, addLMRSilent, addLMISilent, orLRRSilent, orLRISilent, orLRMSilent, orLMRSilent, orLMISilent
+  case andLRRSilent, andLRISilent, andLRMSilent, andLMRSilent, andLMISilent, subLRRSilent, subLRISilent, subLRMSilent
+  case subLMRSilent, subLMISilent, xorLRRSilent, xorLRISilent, xorLRMSilent, xorLMRSilent, xorLMISilent, incLRSilent
+  case decLRSilent, shlLRISilent, shrLRISilent, sarLRISilent, rolLRISilent, rorLRISilent, imulLRRSilent, imulLRMSilent
+  case imulLRRISilent, addQRRSilent, addQRISilent, addQRMSilent, addQMRSilent, addQMISilent, orQRRSilent, orQRISilent
+  case orQRMSilent, orQMRSilent, orQMISilent, andQRRSilent, andQRISilent, andQRMSilent, andQMRSilent, andQMISilent
+  case subQRRSilent, subQRISilent, subQRMSilent, subQMRSilent, subQMISilent, xorQRRSilent, xorQRISilent, xorQRMSilent
+  case xorQMRSilent, xorQMISilent, incQRSilent, decQRSilent, shlQRISilent, shrQRISilent, sarQRISilent, rolQRISilent
+  case rorQRISilent, imulQRRSilent, imulQRMSilent, imulQRRISilent, next, jmp, jO, jNO
+  case jB, jAE, jE, jNE, jBE, jA, jS, jNS
+  case jP, jNP, jL, jGE, jLE, jG, call, ret
+  case jmpR, jmpM, callR, step, genericEnd
+}
+
+extension OperationCode {
+  /// The same operation without flags; nil where there is none.
+  var silent: OperationCode? {
+    switch self {
+    case .addLRR: .addLRRSilent
+    case .addLRI: .addLRISilent
+    case .addLRM: .addLRMSilent
+    case .addLMR: .addLMRSilent
+    case .addLMI: .addLMISilent
+    case .orLRR: .orLRRSilent
+    case .orLRI: .orLRISilent
+    case .orLRM: .orLRMSilent
+    case .orLMR: .orLMRSilent
+    case .orLMI: .orLMISilent
+    case .andLRR: .andLRRSilent
+    case .andLRI: .andLRISilent
+    case .andLRM: .andLRMSilent
+    case .andLMR: .andLMRSilent
+    case .andLMI: .andLMISilent
+    case .subLRR: .subLRRSilent
+    case .subLRI: .subLRISilent
+    case .subLRM: .subLRMSilent
+    case .subLMR: .subLMRSilent
+    case .subLMI: .subLMISilent
+    case .xorLRR: .xorLRRSilent
+    case .xorLRI: .xorLRISilent
+    case .xorLRM: .xorLRMSilent
+    case .xorLMR: .xorLMRSilent
+    case .xorLMI: .xorLMISilent
+    case .incLR: .incLRSilent
+    case .decLR: .decLRSilent
+    case .shlLRI: .shlLRISilent
+    case .shrLRI: .shrLRISilent
+    case .sarLRI: .sarLRISilent
+    case .rolLRI: .rolLRISilent
+    case .rorLRI: .rorLRISilent
+    case .imulLRR: .imulLRRSilent
+    case .imulLRM: .imulLRMSilent
+    case .imulLRRI: .imulLRRISilent
+    case .addQRR: .addQRRSilent
+    case .addQRI: .addQRISilent
+    case .addQRM: .addQRMSilent
+    case .addQMR: .addQMRSilent
+    case .addQMI: .addQMISilent
+    case .orQRR: .orQRRSilent
+    case .orQRI: .orQRISilent
+    case .orQRM: .orQRMSilent
+    case .orQMR: .orQMRSilent
+    case .orQMI: .orQMISilent
+    case .andQRR: .andQRRSilent
+    case .andQRI: .andQRISilent
+    case .andQRM: .andQRMSilent
+    case .andQMR: .andQMRSilent
+    case .andQMI: .andQMISilent
+    case .subQRR: .subQRRSilent
+    case .subQRI: .subQRISilent
+    case .subQRM: .subQRMSilent
+    case .subQMR: .subQMRSilent
+    case .subQMI: .subQMISilent
+    case .xorQRR: .xorQRRSilent
+    case .xorQRI: .xorQRISilent
+    case .xorQRM: .xorQRMSilent
+    case .xorQMR: .xorQMRSilent
+    case .xorQMI: .xorQMISilent
+    case .incQR: .incQRSilent
+    case .decQR: .decQRSilent
+    case .shlQRI: .shlQRISilent
+    case .shrQRI: .shrQRISilent
+    case .sarQRI: .sarQRISilent
+    case .rolQRI: .rolQRISilent
+    case .rorQRI: .rorQRISilent
+    case .imulQRR: .imulQRRSilent
+    case .imulQRM: .imulQRMSilent
+    case .imulQRRI: .imulQRRISilent
+    default: nil
+    }
+  }
+
+  /// Whether it sets every status flag, reads none, and never leaves the block before.
+  var setsFlags: Bool {
+    switch self {
+    case .addBRR,
+      .addBRI,
+      .orBRR,
+      .orBRI,
+      .andBRR,
+      .andBRI,
+      .subBRR,
+      .subBRI,
+      .xorBRR,
+      .xorBRI,
+      .cmpBRR,
+      .cmpBRI,
+      .testBRR,
+      .testBRI,
+      .addLRR,
+      .addLRI,
+      .orLRR,
+      .orLRI,
+      .andLRR,
+      .andLRI,
+      .subLRR,
+      .subLRI,
+      .xorLRR,
+      .xorLRI,
+      .cmpLRR,
+      .cmpLRI,
+      .testLRR,
+      .testLRI,
+      .negLR,
+      .shlLRI,
+      .shrLRI,
+      .sarLRI,
+      .imulLRR,
+      .imulLRRI,
+      .addQRR,
+      .addQRI,
+      .orQRR,
+      .orQRI,
+      .andQRR,
+      .andQRI,
+      .subQRR,
+      .subQRI,
+      .xorQRR,
+      .xorQRI,
+      .cmpQRR,
+      .cmpQRI,
+      .testQRR,
+      .testQRI,
+      .negQR,
+      .shlQRI,
+      .shrQRI,
+      .sarQRI,
+      .imulQRR,
+      .imulQRRI: true
+    default: false
+    }
+  }
+
+  /// Whether it neither reads nor sets a flag, and never leaves the block before.
+  var ignoresFlags: Bool {
+    switch self {
+    case .movBRR,
+      .movBRI,
+      .movWRR,
+      .movWRI,
+      .movLRR,
+      .movLRI,
+      .leaL,
+      .notLR,
+      .xchgLRR,
+      .movQRR,
+      .movQRI,
+      .leaQ,
+      .notQR,
+      .xchgQRR,
+      .movzxBLRR,
+      .movzxWLRR,
+      .movsxBLRR,
+      .movsxWLRR,
+      .movsxBQRR,
+      .movsxWQRR,
+      .movsxLQRR,
+      .cwde,
+      .cdqe,
+      .cdq,
+      .cqo,
+      .addLRRSilent,
+      .addLRISilent,
+      .orLRRSilent,
+      .orLRISilent,
+      .andLRRSilent,
+      .andLRISilent,
+      .subLRRSilent,
+      .subLRISilent,
+      .xorLRRSilent,
+      .xorLRISilent,
+      .incLRSilent,
+      .decLRSilent,
+      .shlLRISilent,
+      .shrLRISilent,
+      .sarLRISilent,
+      .rolLRISilent,
+      .rorLRISilent,
+      .imulLRRSilent,
+      .imulLRRISilent,
+      .addQRRSilent,
+      .addQRISilent,
+      .orQRRSilent,
+      .orQRISilent,
+      .andQRRSilent,
+      .andQRISilent,
+      .subQRRSilent,
+      .subQRISilent,
+      .xorQRRSilent,
+      .xorQRISilent,
+      .incQRSilent,
+      .decQRSilent,
+      .shlQRISilent,
+      .shrQRISilent,
+      .sarQRISilent,
+      .rolQRISilent,
+      .rorQRISilent,
+      .imulQRRSilent,
+      .imulQRRISilent: true
+    default: false
+    }
+  }
 }
 
 extension Processor {
@@ -2537,6 +2756,566 @@ extension Processor {
         op += 1
       case .generic:
         if try !processor.executeGeneric(op, block, isVector: false) { return }
+        op += 1
+      case .addLRRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = x &+ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &+ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &+ value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addLMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = value &+ y
+        FastState.store(r, host)
+        op += 1
+      case .addLMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = value &+ y
+        FastState.store(r, host)
+        op += 1
+      case .orLRRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = x | y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x | y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x | value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orLMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = value | y
+        FastState.store(r, host)
+        op += 1
+      case .orLMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = value | y
+        FastState.store(r, host)
+        op += 1
+      case .andLRRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = x & y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x & y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x & value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andLMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = value & y
+        FastState.store(r, host)
+        op += 1
+      case .andLMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = value & y
+        FastState.store(r, host)
+        op += 1
+      case .subLRRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = x &- y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &- y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &- value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subLMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = value &- y
+        FastState.store(r, host)
+        op += 1
+      case .subLMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = value &- y
+        FastState.store(r, host)
+        op += 1
+      case .xorLRRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = x ^ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x ^ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x ^ value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorLMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = s.get(op.pointee.b, as: UInt32.self)
+        let r = value ^ y
+        FastState.store(r, host)
+        op += 1
+      case .xorLMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let y = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = value ^ y
+        FastState.store(r, host)
+        op += 1
+      case .incLRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &+ 1
+        s.put(op.pointee.a, r)
+        op += 1
+      case .decLRSilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &- 1
+        s.put(op.pointee.a, r)
+        op += 1
+      case .shlLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &<< UInt32(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .shrLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = x &>> UInt32(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .sarLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let r = Int32(bitPattern: x) &>> Int32(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .rolLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let count = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &<< count | x &>> (0 &- count)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .rorLRISilent:
+        let x = s.get(op.pointee.a, as: UInt32.self)
+        let count = UInt32(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &>> count | x &<< (0 &- count)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulLRRSilent:
+        let r = s.get(op.pointee.a, as: UInt32.self) &* s.get(op.pointee.b, as: UInt32.self)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulLRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt32>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt32>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt32.self)
+        let r = s.get(op.pointee.a, as: UInt32.self) &* value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulLRRISilent:
+        let r = s.get(op.pointee.b, as: UInt32.self) &* UInt32(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addQRRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = x &+ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &+ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &+ value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .addQMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = value &+ y
+        FastState.store(r, host)
+        op += 1
+      case .addQMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = value &+ y
+        FastState.store(r, host)
+        op += 1
+      case .orQRRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = x | y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x | y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x | value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .orQMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = value | y
+        FastState.store(r, host)
+        op += 1
+      case .orQMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = value | y
+        FastState.store(r, host)
+        op += 1
+      case .andQRRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = x & y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x & y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x & value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .andQMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = value & y
+        FastState.store(r, host)
+        op += 1
+      case .andQMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = value & y
+        FastState.store(r, host)
+        op += 1
+      case .subQRRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = x &- y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &- y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &- value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .subQMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = value &- y
+        FastState.store(r, host)
+        op += 1
+      case .subQMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = value &- y
+        FastState.store(r, host)
+        op += 1
+      case .xorQRRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = x ^ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x ^ y
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x ^ value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .xorQMRSilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = s.get(op.pointee.b, as: UInt64.self)
+        let r = value ^ y
+        FastState.store(r, host)
+        op += 1
+      case .xorQMISilent:
+        let linear = op.address(s)
+        guard let host = s.writable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: true) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let y = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = value ^ y
+        FastState.store(r, host)
+        op += 1
+      case .incQRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &+ 1
+        s.put(op.pointee.a, r)
+        op += 1
+      case .decQRSilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &- 1
+        s.put(op.pointee.a, r)
+        op += 1
+      case .shlQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &<< UInt64(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .shrQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = x &>> UInt64(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .sarQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let r = Int64(bitPattern: x) &>> Int64(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .rolQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let count = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &<< count | x &>> (0 &- count)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .rorQRISilent:
+        let x = s.get(op.pointee.a, as: UInt64.self)
+        let count = UInt64(truncatingIfNeeded: op.pointee.immediate)
+        let r = x &>> count | x &<< (0 &- count)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulQRRSilent:
+        let r = s.get(op.pointee.a, as: UInt64.self) &* s.get(op.pointee.b, as: UInt64.self)
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulQRMSilent:
+        let linear = op.address(s)
+        guard let host = s.readable(linear, size: MemoryLayout<UInt64>.size) else {
+          if processor.fill(linear, size: MemoryLayout<UInt64>.size, isWrite: false) { continue }
+          break loop
+        }
+        let value = FastState.load(host, as: UInt64.self)
+        let r = s.get(op.pointee.a, as: UInt64.self) &* value
+        s.put(op.pointee.a, r)
+        op += 1
+      case .imulQRRISilent:
+        let r = s.get(op.pointee.b, as: UInt64.self) &* UInt64(truncatingIfNeeded: op.pointee.immediate)
+        s.put(op.pointee.a, r)
         op += 1
       case .next:
         if s.retire(block.pointee.count) {

@@ -40,6 +40,7 @@ extension Processor {
         code: .next, distance: UInt16(position), number: UInt8(number), address: ip &+ UInt64(position))
       operations += 1
     }
+    silenceFlags(draft, count: operations)
     let ops = blocks.allocate(FastOperation.self, count: operations)
     ops.initialize(from: draft, count: operations)
     let block = blocks.allocate(Block.self, count: 1)
@@ -49,6 +50,16 @@ extension Processor {
         mode: mode.rawValue, sameBucket: nil, samePage: nil))
     blocks.insert(block)
     return block
+  }
+
+  /// Chooses the forms that set no flags where others set all of them before anything can look.
+  private func silenceFlags(_ operations: UnsafeMutablePointer<FastOperation>, count: Int) {
+    var isDead = false
+    for index in (0..<count).reversed() {
+      let code = operations[index].code
+      if isDead, let silent = code.silent { operations[index].code = silent }
+      isDead = code.setsFlags || isDead && operations[index].code.ignoresFlags
+    }
   }
 
   /// The operation of an instruction; nil for one that does nothing.

@@ -120,7 +120,7 @@ import X86
 }
 
 /// A small generator with a seed.
-private struct SplitMix {
+struct SplitMix {
   var state: UInt64
 
   mutating func next() -> UInt64 {
