@@ -69,8 +69,8 @@ final class RandomMachine {
     }
   }
 
-  /// A new machine over the memory, whose basic contents are new too.
-  func renew(_ random: inout RandomSource) throws {
+  /// A new machine over the memory, whose first contents are new too, unless they are to stay.
+  func renew(_ random: inout RandomSource, keepsContents: Bool = false) throws {
     vcpus = []
     accelerator = SoftAccelerator(isDeterministic: random.oneIn(2))
     machine = try accelerator.makeVirtualMachine(memory: memory, interrupts: .userSpace)
@@ -84,7 +84,7 @@ final class RandomMachine {
       if !random.oneIn(4) { try vcpu.attach(RandomAPIC(RandomSource(seed: random.next()))) }
       vcpus.append(vcpu)
     }
-    makeImages(&random)
+    if !keepsContents { makeImages(&random) }
   }
 
   /// Takes features away, or adds those that are built and not shown.

@@ -40,26 +40,29 @@ public final class RandomRun {
   private static let perMachine = 16
 
   /// A machine without anything in it.
-  public init() throws { machine = try RandomMachine() }
+  public init() throws {
+    machine = try RandomMachine()
+    try machine.renew(&random)
+  }
 
   /// Runs the cases that belong to a seed, on a machine of their own.
   public func run(seed: UInt64) throws {
     random = RandomSource(seed: seed)
     try machine.renew(&random)
     for _ in 0..<Self.perMachine { try runCase(nil) }
-    try finish()
+    finish()
   }
 
   /// Runs one case whose code is given; its first 8 bytes choose everything else.
   public func run(_ input: UnsafeBufferPointer<UInt8>) throws {
     guard input.count > 8 else { return }
     random = RandomSource(seed: input.prefix(8).reduce(0) { $0 << 8 | UInt64($1) })
-    try machine.renew(&random)
+    try machine.renew(&random, keepsContents: true)
     try runCase(Array(input.dropFirst(8)))
-    try finish()
+    finish()
   }
 
-  private func finish() throws {
+  private func finish() {
     for vcpu in machine.vcpus { instructions &+= vcpu.instructions ?? 0 }
   }
 
