@@ -191,6 +191,8 @@ public protocol VirtualCPU: AnyObject, Sendable {
   func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64?
   /// How many breakpoints `setDebug` takes.
   var breakpointLimit: Int { get }
+  /// Tells `tracer` of everything of a kind; before the first run.
+  func trace(_ kind: VCPUTraceKind, to tracer: any VCPUTracer) throws(AcceleratorError)
   /// Single step and hardware breakpoints on behalf of a debugger.
   func setDebug(_ control: DebugControl) throws(AcceleratorError)
 }

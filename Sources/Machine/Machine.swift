@@ -38,7 +38,7 @@ public final class Machine: MachineControl {
   let ports: AddressBus
   let memoryBus: AddressBus
   let assist: (any InstructionAssist)?
-  let trace: ExitTrace?
+  let exitTrace: Trace?
   let gate: VCPUGate
   let interrupts: MachineInterrupts
   private let boot: BootPlan
@@ -68,7 +68,7 @@ public final class Machine: MachineControl {
     memoryBus = parts.platform.memoryBus
     boot = parts.boot
     assist = parts.assist
-    trace = parts.trace
+    exitTrace = parts.exitTrace
     interrupts = parts.interrupts
     counters = parts.vcpus.map { _ in ExitCounters() }
     gate = VCPUGate(threads: parts.takesTurns ? 1 : parts.vcpus.count)

@@ -85,10 +85,11 @@ public struct MachineBuilder {
     } catch {
       throw .device(error)
     }
+    let exitTrace = try connectTraces(vcpus)
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,
       takesTurns: takesTurns, platform: platform, interrupts: interrupts, boot: BootPlan(request, tables),
-      assist: configuration.assist, trace: configuration.trace)
+      assist: configuration.assist, exitTrace: exitTrace)
     do {
       let machine = try Machine(parts)
       link.connect(machine)
@@ -96,6 +97,23 @@ public struct MachineBuilder {
     } catch {
       throw .accelerator(error)
     }
+  }
+
+  /// Gives the vCPUs those who trace them; returns the trace that is the machine's own.
+  private func connectTraces(_ vcpus: [any VirtualCPU]) throws(MachineError) -> Trace? {
+    var exits: Trace?
+    for trace in configuration.traces {
+      switch trace.subject {
+      case .exits: exits = trace
+      case .vcpu(let kind):
+        do throws(AcceleratorError) {
+          for vcpu in vcpus { try vcpu.trace(kind, to: trace) }
+        } catch {
+          throw .accelerator(error)
+        }
+      }
+    }
+    return exits
   }
 
   /// What was asked for, else the accelerator's local APICs with the rest in the VMM.

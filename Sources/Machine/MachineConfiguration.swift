@@ -34,8 +34,8 @@ public struct MachineConfiguration: Sendable {
   /// Whether vCPUs take turns on one thread, a fixed number of instructions each; needs `.instructionLimit`. They do so
   /// anyway where the accelerator's machines have virtual time.
   public var takesTurns = false
-  /// Where every exit is written down, if anywhere.
-  public var trace: ExitTrace?
+  /// Where exits and what vCPUs do are written down, if anywhere: a trace a subject.
+  public var traces: [Trace] = []
   /// What executes single instructions that the accelerator cannot, if anything.
   public var assist: (any InstructionAssist)?
 

@@ -14,5 +14,5 @@ struct MachineParts {
   var interrupts: MachineInterrupts
   var boot: BootPlan
   var assist: (any InstructionAssist)?
-  var trace: ExitTrace?
+  var exitTrace: Trace?
 }

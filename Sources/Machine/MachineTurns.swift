@@ -117,7 +117,7 @@ extension Machine {
     running.end()
     presence.leaveGuest()
     counters[turn.index].count(ExitCounters.Reason(exit))
-    trace?.record(exit, vcpu: turn.index, at: virtualClock?.now())
+    exitTrace?.record(exit, vcpu: turn.index, at: virtualClock?.now())
     // Exceptions count: virtual time tells of them, and so does the end of the run.
     let used = virtualClock.map { $0.now() &- now } ?? ((vcpu.instructions ?? 0) &- retired)
     turn.left &-= min(turn.left, used)

@@ -34,7 +34,7 @@ extension Machine {
         let exit = try vcpu.run()
         if isWoken { presence.leaveGuest() }
         counters.count(ExitCounters.Reason(exit))
-        trace?.record(exit, vcpu: index, at: nil)
+        exitTrace?.record(exit, vcpu: index, at: nil)
         try handle(exit, vcpu)
       }
     } catch {

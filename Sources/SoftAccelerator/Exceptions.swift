@@ -1,3 +1,4 @@
+import Accelerator
 import CSoftCPU
 import X86
 
@@ -33,6 +34,7 @@ extension Processor {
 
   /// Delivers a non-maskable interrupt.
   func deliverNMI() -> PendingExit? {
+    traceInterrupt(2, at: cpu.pointee.rip, .nonMaskable)
     if let exit = deliver(Event(vector: 2, returnIP: cpu.pointee.rip), as: nil) {
       pendingNMIs += 1
       return exit
@@ -43,6 +45,7 @@ extension Processor {
 
   /// Delivers an external interrupt; one that cannot be delivered yet waits.
   func deliverInterrupt(_ vector: UInt8) -> PendingExit? {
+    traceInterrupt(vector, at: cpu.pointee.rip, .external)
     guard let exit = deliver(Event(vector: vector, returnIP: cpu.pointee.rip), as: nil) else { return nil }
     pendingInterrupt = vector
     return exit
@@ -75,6 +78,7 @@ extension Processor {
     // Exceptions that are no double faults follow one another without end where each handler's frame raises the next, as
     // #AC can: then the run loop looks around, and the instruction raises the first of them again.
     for _ in 0..<8 {
+      if let exception { traceException(exception, event) }
       let second: ExceptionVector
       do throws(Interruption) {
         try vector(event)
@@ -116,13 +120,17 @@ extension Processor {
 
   /// A software interrupt: INT n, INT3, INTO. It is part of its instruction, and what it raises is that one's fault.
   func softwareInterrupt(_ number: UInt8) throws(Interruption) {
+    let ip = cpu.pointee.rip
     try vector(Event(vector: number, isSoftware: true, returnIP: nextIP))
+    traceInterrupt(number, at: ip, .software)
     nextIP = cpu.pointee.rip
   }
 
   /// INT1, which stands for a #DB of an in-circuit emulator.
   func emulatorBreakpoint() throws(Interruption) {
-    try vector(Event(vector: 1, returnIP: nextIP))
+    let event = Event(vector: 1, returnIP: nextIP)
+    try vector(event)
+    traceException(.debug, event)
     recordDebugException()
     nextIP = cpu.pointee.rip
   }

@@ -51,7 +51,9 @@ extension Processor {
         }
       }
       switch result {
-      case .success(let instruction): return instruction
+      case .success(let instruction):
+        if tracesInstructions { fetchedBytes = bytes }
+        return instruction
       case .failure(.invalidOpcode): throw .invalidOpcode
       case .failure(.tooLong): throw .generalProtection
       case .failure(.needsMoreBytes):

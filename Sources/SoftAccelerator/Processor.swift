@@ -92,8 +92,11 @@ final class Processor: @unchecked Sendable {
   var isDeterministic = false
   /// Where random numbers come from, where they are always the same ones.
   var randomState: UInt64 = 0
-  /// Whether every instruction is looked at before it is executed.
+  /// Who is told what the CPU does.
+  var tracers = Tracers()
+  /// Whether somebody is told of every instruction, and the bytes of the one that was fetched last.
   var tracesInstructions = false
+  var fetchedBytes: (UInt64, UInt64) = (0, 0)
 
   /// A CPU in the state after reset.
   init(number: Int = 0, memory: PhysicalMemory, features: ProcessorFeatures, group: ProcessorGroup = ProcessorGroup()) {

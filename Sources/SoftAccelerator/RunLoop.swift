@@ -64,15 +64,17 @@ extension Processor {
     if hostDebug.isActive, replay.values.isEmpty { try checkHostBreakpoints() }
     if isDebugged { return try stepDebugged() }
     let instruction = try fetch()
+    let ip = cpu.pointee.rip
     let shadow = cpu.pointee.interrupt_shadow
     try execute(instruction)
-    finish(shadow: shadow)
+    finish(instruction, at: ip, shadow: shadow)
   }
 
   /// The same with breakpoints, single-stepping or RF: what they find falls due after the instruction.
   private func stepDebugged() throws(Interruption) {
     try checkCodeBreakpoints()
     let instruction = try fetch()
+    let ip = cpu.pointee.rip
     let shadow = cpu.pointee.interrupt_shadow
     let flags = cpu.pointee.other_flags
     let due = pendingDebug
@@ -88,11 +90,12 @@ extension Processor {
       throw error
     }
     finishDebugging(instruction, flags: flags, shadow: shadow)
-    finish(shadow: shadow)
+    finish(instruction, at: ip, shadow: shadow)
   }
 
-  private func finish(shadow: UInt8) {
+  private func finish(_ instruction: Instruction, at ip: UInt64, shadow: UInt8) {
     finishDeviceAccesses()
+    if tracesInstructions { traceInstruction(instruction, at: ip) }
     cpu.pointee.instructions &+= 1
     // What cast the shadow keeps it for one instruction.
     if shadow != 0, cpu.pointee.interrupt_shadow == shadow { cpu.pointee.interrupt_shadow = 0 }

@@ -186,6 +186,11 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// Every block that is decoded is looked up among them.
   public var breakpointLimit: Int { 1024 }
 
+  /// Tells `tracer` of everything of a kind.
+  public func trace(_ kind: VCPUTraceKind, to tracer: any VCPUTracer) throws(AcceleratorError) {
+    processor.trace(kind, to: tracer)
+  }
+
   /// Sets what the debugger wants.
   public func setDebug(_ control: DebugControl) throws(AcceleratorError) {
     guard control.breakpoints.count <= breakpointLimit else {

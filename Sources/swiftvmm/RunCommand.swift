@@ -93,8 +93,11 @@ struct RunCommand: ParsableCommand {
   @Option(help: "Write a JSON report at the end, to a file or - for standard output.")
   var report: String?
 
-  @Option(help: "Trace as JSON lines: exits:FILE.")
-  var trace: String?
+  @Option(
+    help:
+      "Trace as JSON lines: WHAT:FILE with exits, instructions, exceptions or interrupts; all but exits need engine soft; repeatable."
+  )
+  var trace: [String] = []
 
   func validate() throws {
     if guest == nil && firmware == nil {

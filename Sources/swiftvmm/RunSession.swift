@@ -16,7 +16,7 @@ struct RunSession {
   private let machine: Machine
   private let accelerator: any Accelerator
   private let console: Console
-  private let trace: ExitTrace?
+  private let traces: [Trace]
 
   init(_ options: RunCommand) throws(Failure) {
     self.options = options
@@ -27,14 +27,13 @@ struct RunSession {
     }
     if options.deterministic, options.smpThreads == .on { throw .conflict("--deterministic", "--smp-threads on") }
     console = try Console(options.serial, isDeterministic: options.deterministic)
-    trace = try options.trace.map(Self.openTrace)
+    let subjects = try Self.traceSubjects(options.trace)
     var configuration = MachineConfiguration(serial: console)
     configuration.memory = memory
     configuration.cpus = options.cpus
     configuration.image = image
     configuration.interrupts = options.kernelIRQChip?.model
     configuration.commandLine = options.append
-    configuration.trace = trace
     configuration.loadAddress = try options.loadAddress.map { text throws(Failure) in
       try parseAddress(text, option: "--load-address")
     }
@@ -52,14 +51,18 @@ struct RunSession {
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
     configuration.takesTurns = options.smpThreads == .off
-    accelerator = try options.engine.open(softOption: Self.softOption(options), isDeterministic: options.deterministic)
+    accelerator = try options.engine.open(
+      softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic)
+    traces = try subjects.map { subject, path throws(Failure) in try Self.openTrace(subject, path) }
+    configuration.traces = traces
     if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
   }
 
   /// The first option that only the software engine has.
-  private static func softOption(_ options: RunCommand) -> String? {
+  private static func softOption(_ options: RunCommand, _ traces: [Trace.Subject]) -> String? {
     if options.deterministic { return "--deterministic" }
+    for case .vcpu(let kind) in traces { return "--trace \(kind.rawValue)" }
     return options.smpThreads == .off ? "--smp-threads off" : nil
   }
 
@@ -83,7 +86,7 @@ struct RunSession {
     let outcome = machine.waitUntilOver()
     timer.cancel()
     console.close()
-    trace?.flush()
+    for trace in traces { trace.flush() }
     if let path = options.report {
       try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
     }
@@ -95,14 +98,26 @@ struct RunSession {
     do { return try body() } catch { throw .machine(.boot(error)) }
   }
 
-  private static func openTrace(_ text: String) throws(Failure) -> ExitTrace {
-    let parts = text.split(separator: ":", maxSplits: 1)
-    guard parts.count == 2, parts[0] == "exits" else {
-      throw .badValue(option: "--trace", value: text, expected: "exits:FILE")
+  /// What is to be traced, and into which files; each subject once.
+  private static func traceSubjects(_ texts: [String]) throws(Failure) -> [(Trace.Subject, path: String)] {
+    var result: [(Trace.Subject, path: String)] = []
+    for text in texts {
+      let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
+      guard parts.count == 2, let subject = Trace.Subject(rawValue: parts[0]) else {
+        throw .badValue(
+          option: "--trace", value: text, expected: "WHAT:FILE with exits, instructions, exceptions or interrupts")
+      }
+      guard !result.contains(where: { $0.0.rawValue == subject.rawValue }) else {
+        throw .badValue(option: "--trace", value: text, expected: "one file for \(subject.rawValue)")
+      }
+      result.append((subject, parts[1]))
     }
-    let path = String(parts[1])
+    return result
+  }
+
+  private static func openTrace(_ subject: Trace.Subject, _ path: String) throws(Failure) -> Trace {
     do {
-      return ExitTrace(file: try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC))
+      return Trace(subject, file: try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC))
     } catch {
       throw .output(path: path, reason: HostError.reason(error.errno))
     }

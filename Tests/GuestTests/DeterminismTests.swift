@@ -12,6 +12,8 @@ struct DeterminismTests {
     var status: Int32
     var output: String
     var report: NSDictionary
+    /// Exceptions and interrupts, a line each.
+    var events: String
   }
 
   private func run(_ arguments: [String], input: String? = nil) throws -> Run {
@@ -20,7 +22,10 @@ struct DeterminismTests {
     let process = Process()
     process.executableURL = URL(fileURLWithPath: VMM.path)
     process.arguments =
-      ["run", "--engine", "soft", "--deterministic", "--time-limit", "300", "--report", path] + arguments
+      [
+        "run", "--engine", "soft", "--deterministic", "--time-limit", "300", "--report", path, "--trace",
+        "exceptions:\(path).exceptions", "--trace", "interrupts:\(path).interrupts",
+      ] + arguments
     let output = Pipe()
     process.standardOutput = output
     process.standardError = FileHandle.nullDevice
@@ -33,7 +38,9 @@ struct DeterminismTests {
       try JSONSerialization.jsonObject(with: Data(contentsOf: URL(fileURLWithPath: path))) as? [String: Any])
     #expect(report.removeValue(forKey: "wall-seconds") != nil)
     #expect((report["instructions"] as? Int ?? 0) > 0)
-    return Run(status: process.terminationStatus, output: text, report: report as NSDictionary)
+    let events = try ["exceptions", "interrupts"].map { try String(contentsOfFile: "\(path).\($0)", encoding: .utf8) }
+    return Run(
+      status: process.terminationStatus, output: text, report: report as NSDictionary, events: events.joined())
   }
 
   @Test(
@@ -66,6 +73,7 @@ struct DeterminismTests {
     let second = try run(arguments)
     #expect(second.output == first.output)
     #expect(second == first)
+    #expect(first.events.utf8.count > 100_000)
   }
 
   @Test(.enabled(if: access(kernel, R_OK) == 0 && access(initramfs, R_OK) == 0, "needs scripts/fetch-linux"))
