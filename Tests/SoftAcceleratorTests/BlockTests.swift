@@ -26,7 +26,7 @@ import X86
       if stepped.vector == 14 { faults += 1 }
       silenced += inBlocks.silenced
     }
-    #expect(faults > 100)
+    #expect(faults > 50)
     #expect(silenced > 3000)
   }
 
