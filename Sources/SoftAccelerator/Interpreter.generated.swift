@@ -2625,7 +2625,7 @@ extension Processor {
         op += 1
       case .sseCopy:
         guard s.allowsSSE else { break loop }
-        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 16)
+        soft_copy16(s.vector(op.pointee.a), s.vector(op.pointee.b))
         op += 1
       case .sseLoad:
         guard s.allowsSSE else { break loop }
@@ -2635,7 +2635,7 @@ extension Processor {
           if processor.fill(linear, size: 16, isWrite: false) { continue }
           break loop
         }
-        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 16)
+        soft_copy16(s.vector(op.pointee.a), host)
         op += 1
       case .sseStore:
         guard s.allowsSSE else { break loop }
@@ -2645,7 +2645,7 @@ extension Processor {
           if processor.fill(linear, size: 16, isWrite: true) { continue }
           break loop
         }
-        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 16)
+        soft_copy16(host, s.vector(op.pointee.a))
         op += 1
       case .sseUnit:
         guard s.allowsSSE else { break loop }
@@ -2668,7 +2668,7 @@ extension Processor {
         op += 1
       case .vexCopy:
         guard s.allowsAVX else { break loop }
-        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 16)
+        soft_copy16(s.vector(op.pointee.a), s.vector(op.pointee.b))
         s.clearUpper(op.pointee.a)
         op += 1
       case .vexLoad:
@@ -2679,7 +2679,7 @@ extension Processor {
           if processor.fill(linear, size: 16, isWrite: false) { continue }
           break loop
         }
-        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 16)
+        soft_copy16(s.vector(op.pointee.a), host)
         s.clearUpper(op.pointee.a)
         op += 1
       case .vexStore:
@@ -2690,7 +2690,7 @@ extension Processor {
           if processor.fill(linear, size: 16, isWrite: true) { continue }
           break loop
         }
-        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 16)
+        soft_copy16(host, s.vector(op.pointee.a))
         op += 1
       case .vexUnit:
         guard s.allowsAVX else { break loop }
@@ -2710,7 +2710,7 @@ extension Processor {
         op += 1
       case .ymmCopy:
         guard s.allowsAVX else { break loop }
-        s.vector(op.pointee.a).copyMemory(from: s.vector(op.pointee.b), byteCount: 32)
+        soft_copy32(s.vector(op.pointee.a), s.vector(op.pointee.b))
         op += 1
       case .ymmLoad:
         guard s.allowsAVX else { break loop }
@@ -2720,7 +2720,7 @@ extension Processor {
           if processor.fill(linear, size: 32, isWrite: false) { continue }
           break loop
         }
-        s.vector(op.pointee.a).copyMemory(from: host, byteCount: 32)
+        soft_copy32(s.vector(op.pointee.a), host)
         op += 1
       case .ymmStore:
         guard s.allowsAVX else { break loop }
@@ -2730,7 +2730,7 @@ extension Processor {
           if processor.fill(linear, size: 32, isWrite: true) { continue }
           break loop
         }
-        host.copyMemory(from: s.vector(op.pointee.a), byteCount: 32)
+        soft_copy32(host, s.vector(op.pointee.a))
         op += 1
       case .ymmUnit:
         guard s.allowsAVX else { break loop }

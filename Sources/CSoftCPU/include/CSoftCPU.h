@@ -185,6 +185,14 @@ static inline void soft_copy(void *_Nonnull destination, const void *_Nonnull so
   __asm__ volatile("rep movsb" : "+D"(destination), "+S"(source), "+c"(count) : : "memory");
 }
 
+// Vectors, to and from any address.
+static inline void soft_copy16(void *_Nonnull destination, const void *_Nonnull source) {
+  __builtin_memcpy(destination, source, 16);
+}
+static inline void soft_copy32(void *_Nonnull destination, const void *_Nonnull source) {
+  __builtin_memcpy(destination, source, 32);
+}
+
 static inline uint64_t soft_load(const uint64_t *_Nonnull p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline void soft_store(uint64_t *_Nonnull p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_SEQ_CST); }
 static inline uint64_t soft_exchange(uint64_t *_Nonnull p, uint64_t value) {
