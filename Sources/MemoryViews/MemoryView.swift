@@ -6,13 +6,13 @@ public struct PageRights: OptionSet, Hashable, Sendable {
   /// A bit a right.
   public let rawValue: UInt8
   /// A bit a right.
-  public init(rawValue: UInt8) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt8) { self.rawValue = rawValue }
   /// Data reads, and the reads of page walks.
-  public static let read = Self(rawValue: 1)
+  @inlinable public static var read: Self { Self(rawValue: 1) }
   /// Data writes, and the updates of accessed and dirty bits by page walks.
-  public static let write = Self(rawValue: 2)
+  @inlinable public static var write: Self { Self(rawValue: 2) }
   /// Instruction fetches.
-  public static let execute = Self(rawValue: 4)
+  @inlinable public static var execute: Self { Self(rawValue: 4) }
   /// Everything.
   public static let all: Self = [.read, .write, .execute]
 }

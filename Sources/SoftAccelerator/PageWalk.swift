@@ -12,6 +12,19 @@ struct Translation {
   var isLarge: Bool
 }
 
+/// The page table that the last walk ended in, and what the levels above it leave of the rights: a paging-structure cache of
+/// one entry (SDM vol. 3, 4.10.3). It goes with the context of the CPU's translations.
+struct PageTableCache {
+  /// Bits 63:21 of the linear addresses that the table translates; `none` holds no table.
+  var region = none
+  /// The table's guest-physical address.
+  var table: UInt64 = 0
+  /// As in `walk`.
+  var rights: UInt64 = 0
+
+  static let none: UInt64 = ~0
+}
+
 /// The guest's page tables as the CPU walks them (SDM vol. 3, chapter 4): A and D are set with atomic updates.
 extension Processor {
   /// Walks the page tables for an access.
@@ -42,6 +55,11 @@ extension Processor {
     if !isLong { reserved |= 0x7ff0_0000_0000_0000 }
     /// The rights that all levels leave: R/W and U/S as in an entry, and XD inverted.
     var rights: UInt64 = PageTableEntry.writable.rawValue | PageTableEntry.user.rawValue | 1 << 63
+    if linear >> 21 == lastTable.region {
+      level = 1
+      table = lastTable.table
+      rights = lastTable.rights
+    }
     while true {
       let number = linear >> (3 &+ 9 &* level) & 0x1ff
       let address = table | number << 3
@@ -86,6 +104,7 @@ extension Processor {
       }
       table = entry & Self.addressMask
       level &-= 1
+      if level == 1 { lastTable = PageTableCache(region: linear >> 21, table: table, rights: rights) }
     }
   }
 

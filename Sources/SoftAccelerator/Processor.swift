@@ -42,6 +42,8 @@ final class Processor: @unchecked Sendable {
   var codePlace: (UInt64, UInt64) = (0, 0)
   /// The view that the CPU's accesses, fetches and page walks obey; nil: all of memory with all rights.
   var view: MemoryView?
+  /// The page table that the last walk ended in.
+  var lastTable = PageTableCache()
   /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.
   var holdsLargePages = false
   /// The local APIC, where it is in the VMM.

@@ -65,6 +65,7 @@ extension Processor {
   /// Sets the contexts of data accesses and of code after anything they depend on has changed: CPL, RFLAGS.AC, the
   /// address space, or a flush.
   func updateContext() {
+    lastTable.region = PageTableCache.none
     let isUser = cpu.pointee.cpl == 3
     let liftsSMAP =
       !isUser && cpu.pointee.cr4 & CR4.smap.rawValue != 0 && cpu.pointee.other_flags & RFLAGS.ac.rawValue != 0

@@ -18,44 +18,44 @@ public struct RFLAGS: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The flags of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Carry.
-  public static let cf = RFLAGS(rawValue: 1 << 0)
+  @inlinable public static var cf: Self { Self(rawValue: 1 << 0) }
   /// Parity of the result's low byte.
-  public static let pf = RFLAGS(rawValue: 1 << 2)
+  @inlinable public static var pf: Self { Self(rawValue: 1 << 2) }
   /// Carry out of bit 3.
-  public static let af = RFLAGS(rawValue: 1 << 4)
+  @inlinable public static var af: Self { Self(rawValue: 1 << 4) }
   /// Zero.
-  public static let zf = RFLAGS(rawValue: 1 << 6)
+  @inlinable public static var zf: Self { Self(rawValue: 1 << 6) }
   /// Sign.
-  public static let sf = RFLAGS(rawValue: 1 << 7)
+  @inlinable public static var sf: Self { Self(rawValue: 1 << 7) }
   /// Trap after each instruction.
-  public static let tf = RFLAGS(rawValue: 1 << 8)
+  @inlinable public static var tf: Self { Self(rawValue: 1 << 8) }
   /// Maskable interrupts are enabled.
-  public static let `if` = RFLAGS(rawValue: 1 << 9)
+  @inlinable public static var `if`: Self { Self(rawValue: 1 << 9) }
   /// String operations go down.
-  public static let df = RFLAGS(rawValue: 1 << 10)
+  @inlinable public static var df: Self { Self(rawValue: 1 << 10) }
   /// Signed overflow.
-  public static let of = RFLAGS(rawValue: 1 << 11)
+  @inlinable public static var of: Self { Self(rawValue: 1 << 11) }
   /// The I/O privilege level's two bits.
-  public static let iopl = RFLAGS(rawValue: 3 << 12)
+  @inlinable public static var iopl: Self { Self(rawValue: 3 << 12) }
   /// The task is nested in another.
-  public static let nt = RFLAGS(rawValue: 1 << 14)
+  @inlinable public static var nt: Self { Self(rawValue: 1 << 14) }
   /// Resume: no instruction breakpoint before the next instruction.
-  public static let rf = RFLAGS(rawValue: 1 << 16)
+  @inlinable public static var rf: Self { Self(rawValue: 1 << 16) }
   /// Virtual-8086 mode.
-  public static let vm = RFLAGS(rawValue: 1 << 17)
+  @inlinable public static var vm: Self { Self(rawValue: 1 << 17) }
   /// Alignment checks in user mode; access to user pages in supervisor mode, with SMAP.
-  public static let ac = RFLAGS(rawValue: 1 << 18)
+  @inlinable public static var ac: Self { Self(rawValue: 1 << 18) }
   /// Virtual interrupt flag.
-  public static let vif = RFLAGS(rawValue: 1 << 19)
+  @inlinable public static var vif: Self { Self(rawValue: 1 << 19) }
   /// A virtual interrupt is pending.
-  public static let vip = RFLAGS(rawValue: 1 << 20)
+  @inlinable public static var vip: Self { Self(rawValue: 1 << 20) }
   /// Can be changed where CPUID exists.
-  public static let id = RFLAGS(rawValue: 1 << 21)
+  @inlinable public static var id: Self { Self(rawValue: 1 << 21) }
   /// Bit 1, which is always set.
-  public static let alwaysSet = RFLAGS(rawValue: 1 << 1)
+  @inlinable public static var alwaysSet: Self { Self(rawValue: 1 << 1) }
 
   /// CF, PF, AF, ZF, SF and OF.
   public static let status: RFLAGS = [.cf, .pf, .af, .zf, .sf, .of]
@@ -75,30 +75,30 @@ public struct CR0: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Protection enable.
-  public static let pe = CR0(rawValue: 1 << 0)
+  @inlinable public static var pe: Self { Self(rawValue: 1 << 0) }
   /// Monitor coprocessor: WAIT obeys TS.
-  public static let mp = CR0(rawValue: 1 << 1)
+  @inlinable public static var mp: Self { Self(rawValue: 1 << 1) }
   /// Emulation: x87 instructions are #NM.
-  public static let em = CR0(rawValue: 1 << 2)
+  @inlinable public static var em: Self { Self(rawValue: 1 << 2) }
   /// Task switched: x87 and SSE instructions are #NM.
-  public static let ts = CR0(rawValue: 1 << 3)
+  @inlinable public static var ts: Self { Self(rawValue: 1 << 3) }
   /// Extension type, always 1.
-  public static let et = CR0(rawValue: 1 << 4)
+  @inlinable public static var et: Self { Self(rawValue: 1 << 4) }
   /// Numeric errors are #MF.
-  public static let ne = CR0(rawValue: 1 << 5)
+  @inlinable public static var ne: Self { Self(rawValue: 1 << 5) }
   /// Write protect: supervisor writes obey read-only pages.
-  public static let wp = CR0(rawValue: 1 << 16)
+  @inlinable public static var wp: Self { Self(rawValue: 1 << 16) }
   /// Alignment mask: RFLAGS.AC checks alignment.
-  public static let am = CR0(rawValue: 1 << 18)
+  @inlinable public static var am: Self { Self(rawValue: 1 << 18) }
   /// Not write-through.
-  public static let nw = CR0(rawValue: 1 << 29)
+  @inlinable public static var nw: Self { Self(rawValue: 1 << 29) }
   /// Cache disable.
-  public static let cd = CR0(rawValue: 1 << 30)
+  @inlinable public static var cd: Self { Self(rawValue: 1 << 30) }
   /// Paging.
-  public static let pg = CR0(rawValue: 1 << 31)
+  @inlinable public static var pg: Self { Self(rawValue: 1 << 31) }
 
   /// The names, for `description`.
   public static var names: [(bits: CR0, name: String)] {
@@ -114,16 +114,16 @@ public struct CR3: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Page-level write-through.
-  public static let pwt = CR3(rawValue: 1 << 3)
+  @inlinable public static var pwt: Self { Self(rawValue: 1 << 3) }
   /// Page-level cache disable.
-  public static let pcd = CR3(rawValue: 1 << 4)
+  @inlinable public static var pcd: Self { Self(rawValue: 1 << 4) }
   /// The process-context identifier's twelve bits, where CR4.PCIDE is set.
-  public static let pcid = CR3(rawValue: 0xfff)
+  @inlinable public static var pcid: Self { Self(rawValue: 0xfff) }
   /// In the operand of MOV to CR3 with CR4.PCIDE: keep the translations of that PCID.
-  public static let noFlush = CR3(rawValue: 1 << 63)
+  @inlinable public static var noFlush: Self { Self(rawValue: 1 << 63) }
 
   /// The names, for `description`.
   public static var names: [(bits: CR3, name: String)] { [(.pwt, "PWT"), (.pcd, "PCD"), (.noFlush, "NOFLUSH")] }
@@ -134,56 +134,56 @@ public struct CR4: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Virtual-8086 mode extensions.
-  public static let vme = CR4(rawValue: 1 << 0)
+  @inlinable public static var vme: Self { Self(rawValue: 1 << 0) }
   /// Protected-mode virtual interrupts.
-  public static let pvi = CR4(rawValue: 1 << 1)
+  @inlinable public static var pvi: Self { Self(rawValue: 1 << 1) }
   /// RDTSC is privileged.
-  public static let tsd = CR4(rawValue: 1 << 2)
+  @inlinable public static var tsd: Self { Self(rawValue: 1 << 2) }
   /// Debugging extensions.
-  public static let de = CR4(rawValue: 1 << 3)
+  @inlinable public static var de: Self { Self(rawValue: 1 << 3) }
   /// 4 MiB pages with 32-bit paging.
-  public static let pse = CR4(rawValue: 1 << 4)
+  @inlinable public static var pse: Self { Self(rawValue: 1 << 4) }
   /// Physical address extension.
-  public static let pae = CR4(rawValue: 1 << 5)
+  @inlinable public static var pae: Self { Self(rawValue: 1 << 5) }
   /// Machine-check enable.
-  public static let mce = CR4(rawValue: 1 << 6)
+  @inlinable public static var mce: Self { Self(rawValue: 1 << 6) }
   /// Global pages.
-  public static let pge = CR4(rawValue: 1 << 7)
+  @inlinable public static var pge: Self { Self(rawValue: 1 << 7) }
   /// RDPMC in user mode.
-  public static let pce = CR4(rawValue: 1 << 8)
+  @inlinable public static var pce: Self { Self(rawValue: 1 << 8) }
   /// FXSAVE, FXRSTOR and SSE.
-  public static let osfxsr = CR4(rawValue: 1 << 9)
+  @inlinable public static var osfxsr: Self { Self(rawValue: 1 << 9) }
   /// SIMD floating-point errors are #XM.
-  public static let osxmmexcpt = CR4(rawValue: 1 << 10)
+  @inlinable public static var osxmmexcpt: Self { Self(rawValue: 1 << 10) }
   /// User-mode instruction prevention.
-  public static let umip = CR4(rawValue: 1 << 11)
+  @inlinable public static var umip: Self { Self(rawValue: 1 << 11) }
   /// 57-bit linear addresses: 5-level paging.
-  public static let la57 = CR4(rawValue: 1 << 12)
+  @inlinable public static var la57: Self { Self(rawValue: 1 << 12) }
   /// VMX.
-  public static let vmxe = CR4(rawValue: 1 << 13)
+  @inlinable public static var vmxe: Self { Self(rawValue: 1 << 13) }
   /// SMX.
-  public static let smxe = CR4(rawValue: 1 << 14)
+  @inlinable public static var smxe: Self { Self(rawValue: 1 << 14) }
   /// RDFSBASE and its like.
-  public static let fsgsbase = CR4(rawValue: 1 << 16)
+  @inlinable public static var fsgsbase: Self { Self(rawValue: 1 << 16) }
   /// Process-context identifiers.
-  public static let pcide = CR4(rawValue: 1 << 17)
+  @inlinable public static var pcide: Self { Self(rawValue: 1 << 17) }
   /// XSAVE and extended states.
-  public static let osxsave = CR4(rawValue: 1 << 18)
+  @inlinable public static var osxsave: Self { Self(rawValue: 1 << 18) }
   /// Key locker.
-  public static let kl = CR4(rawValue: 1 << 19)
+  @inlinable public static var kl: Self { Self(rawValue: 1 << 19) }
   /// Supervisor-mode execution prevention.
-  public static let smep = CR4(rawValue: 1 << 20)
+  @inlinable public static var smep: Self { Self(rawValue: 1 << 20) }
   /// Supervisor-mode access prevention.
-  public static let smap = CR4(rawValue: 1 << 21)
+  @inlinable public static var smap: Self { Self(rawValue: 1 << 21) }
   /// Protection keys for user pages.
-  public static let pke = CR4(rawValue: 1 << 22)
+  @inlinable public static var pke: Self { Self(rawValue: 1 << 22) }
   /// Control-flow enforcement.
-  public static let cet = CR4(rawValue: 1 << 23)
+  @inlinable public static var cet: Self { Self(rawValue: 1 << 23) }
   /// Protection keys for supervisor pages.
-  public static let pks = CR4(rawValue: 1 << 24)
+  @inlinable public static var pks: Self { Self(rawValue: 1 << 24) }
 
   /// The names, for `description`.
   public static var names: [(bits: CR4, name: String)] {
@@ -202,20 +202,20 @@ public struct EFER: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// SYSCALL enable.
-  public static let sce = EFER(rawValue: 1 << 0)
+  @inlinable public static var sce: Self { Self(rawValue: 1 << 0) }
   /// Long mode enable.
-  public static let lme = EFER(rawValue: 1 << 8)
+  @inlinable public static var lme: Self { Self(rawValue: 1 << 8) }
   /// Long mode active.
-  public static let lma = EFER(rawValue: 1 << 10)
+  @inlinable public static var lma: Self { Self(rawValue: 1 << 10) }
   /// No-execute enable.
-  public static let nxe = EFER(rawValue: 1 << 11)
+  @inlinable public static var nxe: Self { Self(rawValue: 1 << 11) }
   /// SVM enable.
-  public static let svme = EFER(rawValue: 1 << 12)
+  @inlinable public static var svme: Self { Self(rawValue: 1 << 12) }
   /// Fast FXSAVE and FXRSTOR.
-  public static let ffxsr = EFER(rawValue: 1 << 14)
+  @inlinable public static var ffxsr: Self { Self(rawValue: 1 << 14) }
 
   /// The names, for `description`.
   public static var names: [(bits: EFER, name: String)] {
@@ -228,24 +228,24 @@ public struct DR6: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Breakpoint 0 was met.
-  public static let b0 = DR6(rawValue: 1 << 0)
+  @inlinable public static var b0: Self { Self(rawValue: 1 << 0) }
   /// Breakpoint 1 was met.
-  public static let b1 = DR6(rawValue: 1 << 1)
+  @inlinable public static var b1: Self { Self(rawValue: 1 << 1) }
   /// Breakpoint 2 was met.
-  public static let b2 = DR6(rawValue: 1 << 2)
+  @inlinable public static var b2: Self { Self(rawValue: 1 << 2) }
   /// Breakpoint 3 was met.
-  public static let b3 = DR6(rawValue: 1 << 3)
+  @inlinable public static var b3: Self { Self(rawValue: 1 << 3) }
   /// A debug register was accessed with DR7.GD set.
-  public static let bd = DR6(rawValue: 1 << 13)
+  @inlinable public static var bd: Self { Self(rawValue: 1 << 13) }
   /// Single step.
-  public static let bs = DR6(rawValue: 1 << 14)
+  @inlinable public static var bs: Self { Self(rawValue: 1 << 14) }
   /// Task switch.
-  public static let bt = DR6(rawValue: 1 << 15)
+  @inlinable public static var bt: Self { Self(rawValue: 1 << 15) }
   /// The bits that are always set.
-  public static let alwaysSet = DR6(rawValue: 0xffff_0ff0)
+  @inlinable public static var alwaysSet: Self { Self(rawValue: 0xffff_0ff0) }
 
   /// The names, for `description`.
   public static var names: [(bits: DR6, name: String)] {
@@ -258,16 +258,16 @@ public struct DR7: NamedBits {
   /// The register.
   public var rawValue: UInt64
   /// The bits of a register value.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// Exact local breakpoints.
-  public static let le = DR7(rawValue: 1 << 8)
+  @inlinable public static var le: Self { Self(rawValue: 1 << 8) }
   /// Exact global breakpoints.
-  public static let ge = DR7(rawValue: 1 << 9)
+  @inlinable public static var ge: Self { Self(rawValue: 1 << 9) }
   /// General detect: access to debug registers is #DB.
-  public static let gd = DR7(rawValue: 1 << 13)
+  @inlinable public static var gd: Self { Self(rawValue: 1 << 13) }
   /// Bit 10, which is always set.
-  public static let alwaysSet = DR7(rawValue: 1 << 10)
+  @inlinable public static var alwaysSet: Self { Self(rawValue: 1 << 10) }
 
   /// The names, for `description`.
   public static var names: [(bits: DR7, name: String)] { [(.le, "LE"), (.ge, "GE"), (.gd, "GD")] }

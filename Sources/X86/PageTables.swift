@@ -3,28 +3,28 @@ public struct PageTableEntry: NamedBits {
   /// The entry; a 32-bit one zero-extended.
   public var rawValue: UInt64
   /// The bits of an entry.
-  public init(rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt64) { self.rawValue = rawValue }
 
   /// P: the entry is used.
-  public static let present = PageTableEntry(rawValue: 1 << 0)
+  @inlinable public static var present: Self { Self(rawValue: 1 << 0) }
   /// R/W: writes are allowed.
-  public static let writable = PageTableEntry(rawValue: 1 << 1)
+  @inlinable public static var writable: Self { Self(rawValue: 1 << 1) }
   /// U/S: user-mode accesses are allowed.
-  public static let user = PageTableEntry(rawValue: 1 << 2)
+  @inlinable public static var user: Self { Self(rawValue: 1 << 2) }
   /// PWT: write-through.
-  public static let writeThrough = PageTableEntry(rawValue: 1 << 3)
+  @inlinable public static var writeThrough: Self { Self(rawValue: 1 << 3) }
   /// PCD: cache disable.
-  public static let cacheDisable = PageTableEntry(rawValue: 1 << 4)
+  @inlinable public static var cacheDisable: Self { Self(rawValue: 1 << 4) }
   /// A: used in a translation.
-  public static let accessed = PageTableEntry(rawValue: 1 << 5)
+  @inlinable public static var accessed: Self { Self(rawValue: 1 << 5) }
   /// D: the page was written.
-  public static let dirty = PageTableEntry(rawValue: 1 << 6)
+  @inlinable public static var dirty: Self { Self(rawValue: 1 << 6) }
   /// PS: the entry maps a large page (in a 4 KiB page's entry this bit is PAT).
-  public static let pageSize = PageTableEntry(rawValue: 1 << 7)
+  @inlinable public static var pageSize: Self { Self(rawValue: 1 << 7) }
   /// G: the translation outlives a change of CR3.
-  public static let global = PageTableEntry(rawValue: 1 << 8)
+  @inlinable public static var global: Self { Self(rawValue: 1 << 8) }
   /// XD: no instruction fetch.
-  public static let executeDisable = PageTableEntry(rawValue: 1 << 63)
+  @inlinable public static var executeDisable: Self { Self(rawValue: 1 << 63) }
 
   /// The names, for `description`.
   public static var names: [(bits: PageTableEntry, name: String)] {
@@ -73,17 +73,16 @@ public struct PageAccess: OptionSet, Sendable {
   /// The bits.
   public let rawValue: UInt8
   /// An access from its bits.
-  @inlinable
-  public init(rawValue: UInt8) { self.rawValue = rawValue }
+  @inlinable public init(rawValue: UInt8) { self.rawValue = rawValue }
 
   /// A data write.
-  public static let write = PageAccess(rawValue: 1)
+  @inlinable public static var write: Self { Self(rawValue: 1) }
   /// An instruction fetch.
-  public static let fetch = PageAccess(rawValue: 2)
+  @inlinable public static var fetch: Self { Self(rawValue: 2) }
   /// A user-mode access: CPL 3, and not one to a system data structure.
-  public static let user = PageAccess(rawValue: 4)
+  @inlinable public static var user: Self { Self(rawValue: 4) }
   /// A supervisor-mode access to a system data structure (GDT, IDT, TSS...): RFLAGS.AC does not lift SMAP from it.
-  public static let implicit = PageAccess(rawValue: 8)
+  @inlinable public static var implicit: Self { Self(rawValue: 8) }
 }
 
 /// One entry that a walk read: what a crash report shows.

@@ -45,6 +45,31 @@ import Testing
     #expect(try machine.read(stack + 8, as: UInt64.self) == (mode == .user ? 0x2b : 8))
   }
 
+  @Test(arguments: AcceleratorUnderTest.catalogue, Accesses.rings)
+  func codeThatAnotherProcessorChanges(_ subject: AcceleratorUnderTest, _ mode: TestMachine.Mode) throws {
+    let machine = try TestMachine(subject, vcpus: 2)
+    let rounds: UInt64 = 2000
+    try machine.start("callchangedcode", mode, processor: 1) {
+      $0.rip = 0x9000
+      $0.rsp = 0x7000
+      $0.rdi = rounds
+    }
+    try machine.load("callchangedcode", at: 0x9000)
+    try machine.start("changecode", mode) { $0.rdi = rounds }
+    let caller = machine.vcpus[1]
+    let events = Condition<[GuestEvent]>([])
+    let thread = try HostThread(name: "processor 1") {
+      let event = (try? caller.run()).map { GuestEvent($0, answer: []) } ?? .other("an error")
+      events.withLock { $0.append(event) }
+    }
+    #expect(try machine.next() == .done)
+    thread.join()
+    #expect(events.withLock { $0 } == [.done])
+    let state = try caller.readState()
+    #expect(state.general.r9 == rounds)
+    #expect(state.general.r8 == 0)
+  }
+
   @Test(arguments: AcceleratorUnderTest.catalogue)
   func tripleFaults(_ subject: AcceleratorUnderTest) throws {
     let machine = try TestMachine(subject)

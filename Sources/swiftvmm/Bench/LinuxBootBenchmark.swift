@@ -16,11 +16,16 @@ struct LinuxBootBenchmark {
     let report = try TemporaryFile()
     for cpus in ["1", "2"] {
       let vcpus = cpus == "1" ? "1 vCPU" : "\(cpus) vCPUs"
-      try add(
-        &table, "swiftvmm soft, \(vcpus)",
-        .soft(
-          kernel: linux.kernel, append: "console=ttyS0",
-          more: ["--initrd", linux.initramfs, "--cpus", cpus, "--report", report.path]), report: report.path)
+      for (name, options) in [
+        ("", []), (", in turns", ["--smp-threads", "off"]), (", deterministic", ["--deterministic"]),
+      ] where cpus != "1" || options != ["--smp-threads", "off"] {
+        try add(
+          &table, "swiftvmm soft, \(vcpus)\(name)",
+          .soft(
+            kernel: linux.kernel, append: "console=ttyS0",
+            more: ["--initrd", linux.initramfs, "--cpus", cpus, "--report", report.path] + options),
+          report: report.path)
+      }
       try add(
         &table, "qemu tcg q35, \(vcpus)",
         .qemu(kernel: linux.kernel, append: "console=ttyS0", more: ["-initrd", linux.initramfs, "-smp", cpus]))

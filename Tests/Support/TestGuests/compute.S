@@ -39,3 +39,45 @@ GUEST computevectors
   vmovups [rdi + 0x2020], ymm3
   fistp qword ptr [rdi + 0x2040]
 END computevectors
+
+// RDI rounds: changes the immediate of the function at 0xc000, then says so at 0xf000. With RSI, in a new page of the
+// same memory's.
+GUEST changecode
+  mov rbx, 0xc000
+  mov dword ptr [rbx], 0x000000b8       // mov eax, imm32
+  mov dword ptr [rbx + 4], 0xccccc300   // ret
+  mov byte ptr [0xf010], 1
+  xor ecx, ecx
+1: inc ecx
+  mov dword ptr [rbx + 1], ecx
+  mov dword ptr [0xf000], ecx
+2: pause
+  mov edx, dword ptr [0xf008]
+  cmp edx, ecx
+  jb 2b
+  cmp ecx, edi
+  jb 1b
+END changecode
+
+// Calls that function after each change that it is told of, to round RDI: R8 counts the calls that ran older code.
+GUEST callchangedcode
+  xor r8d, r8d
+  xor r9d, r9d
+  mov r11, 0xc000
+1: pause
+  cmp byte ptr [0xf010], 1
+  jne 1b
+2: mov r10d, dword ptr [0xf000]
+  cmp r10d, r9d
+  je 2b
+  mov r9d, r10d
+  xor eax, eax
+  cpuid                                 // serializes, as the changer's partner must (SDM vol. 3, 9.1.3)
+  call r11
+  cmp eax, r9d
+  je 3f
+  inc r8d
+3: mov dword ptr [0xf008], r9d
+  cmp r9d, edi
+  jb 2b
+END callchangedcode
