@@ -34,6 +34,11 @@ public final class ManualClock: DeviceClock {
     state.withLock { $0.now = end }
   }
 
+  /// Lets guest time pass while the loop that fires timers is late: what falls due fires with the next `advance`.
+  public func pass(_ nanoseconds: UInt64) {
+    state.withLock { $0.now += nanoseconds }
+  }
+
   private func nextDue(before end: UInt64) -> Timer? {
     state.withLock { state in
       let armed = state.timers.compactMap { timer in timer.deadline.withLock { $0 }.map { (timer, $0) } }

@@ -171,6 +171,23 @@ import Testing
     #expect(!local.hasInterrupt)
   }
 
+  /// The loop that fires timers is late, and the guest sees a count of 0 first: its next write must not undo the expiry.
+  @Test(
+    arguments: [(0x320, 0x2_0042, 0), (0x320, 0x1_0042, 0), (0x380, 2_000, 2_000), (0x380, 0, 0), (0x3e0, 8, 0)]
+      as [(UInt16, UInt32, UInt32)])
+  func anExpiryComesBeforeAChange(_ register: UInt16, _ value: UInt32, _ count: UInt32) {
+    local.write(register: 0x3e0, value: 0b1011)
+    local.write(register: 0x320, value: 0x41)
+    local.write(register: 0x380, value: 1_000)
+    fixture.clock.pass(1_500)
+    #expect(local.read(register: 0x390) == 0 && !local.hasInterrupt)
+    local.write(register: register, value: value)
+    #expect(fixture.take()[0] == [0x41])
+    #expect(local.read(register: 0x390) == count)
+    fixture.clock.advance(by: 10_000)
+    #expect(fixture.take()[0] == (count == 0 ? [] : [0x41]))
+  }
+
   @Test func whatPassedWhileMaskedIsLost() {
     local.write(register: 0x320, value: 0x1_0041)
     local.write(register: 0x380, value: 100)

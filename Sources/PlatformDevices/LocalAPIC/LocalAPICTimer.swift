@@ -42,6 +42,7 @@ final class LocalAPICTimer: @unchecked Sendable {
   }
 
   private var mode: UInt32 { LocalVector.timerMode(registers[APICRegister.timer]) }
+  private var vector: UInt8 { UInt8(truncatingIfNeeded: registers[APICRegister.timer]) }
   private var isMasked: Bool { registers[APICRegister.timer] & LocalVector.masked != 0 }
 
   /// Nanoseconds a tick: the divide register's bits 0, 1 and 3 are the power of two less one, and 7 means none.
@@ -73,8 +74,7 @@ final class LocalAPICTimer: @unchecked Sendable {
   }
 
   func setInitialCount(_ value: UInt32) {
-    let now = clock.now()
-    state.withLock { state in
+    change { state, now in
       guard mode != Mode.deadline else { return }
       registers[APICRegister.initialCount] = value
       state.expiry = value == 0 ? nil : now &+ period
@@ -84,8 +84,7 @@ final class LocalAPICTimer: @unchecked Sendable {
 
   /// The count goes on from where it is, at the new rate.
   func setDivide(_ value: UInt32) {
-    let now = clock.now()
-    state.withLock { state in
+    change { state, now in
       let count = UInt64(count(state, now))
       registers[APICRegister.divide] = value
       guard mode != Mode.deadline, count > 0 else { return }
@@ -96,14 +95,8 @@ final class LocalAPICTimer: @unchecked Sendable {
 
   /// Into and out of TSC-deadline mode the timer is disarmed (SDM vol. 3, 11.5.4.1).
   func setLocalVector(_ value: UInt32) {
-    let now = clock.now()
-    state.withLock { state in
+    change { state, now in
       let wasDeadline = mode == Mode.deadline
-      if !wasDeadline, let expiry = state.expiry, expiry <= now, isMasked || mode == Mode.periodic {
-        // What passed while it was masked does not interrupt afterwards.
-        let count = UInt64(count(state, now))
-        state.expiry = count == 0 ? nil : now &+ count * divisor
-      }
       registers[APICRegister.timer] = value
       if (mode == Mode.deadline) != wasDeadline {
         state = State()
@@ -118,15 +111,14 @@ final class LocalAPICTimer: @unchecked Sendable {
 
   /// Arms the timer for a value of the time-stamp counter; 0 disarms it. Ignored in the other modes.
   func setDeadline(_ value: UInt64) {
-    let now = clock.now()
     // One that has passed is due at once, and not when the loop gets round to it.
     let isDue = value != 0 && untilTimestamp(value) == 0
-    let vector: UInt8? = state.withLock { state in
-      guard mode == Mode.deadline else { return nil }
+    let fires = change { state, now in
+      guard mode == Mode.deadline else { return false }
       setDeadline(isDue ? 0 : value, &state, now)
-      return isDue && !isMasked ? UInt8(truncatingIfNeeded: registers[APICRegister.timer]) : nil
+      return isDue && !isMasked
     }
-    if let vector { onExpiry(vector) }
+    if fires { onExpiry(vector) }
   }
 
   private func setDeadline(_ value: UInt64, _ state: inout State, _ now: UInt64) {
@@ -156,22 +148,33 @@ final class LocalAPICTimer: @unchecked Sendable {
     }
   }
 
-  /// On the loop that runs devices.
+  /// On the loop that runs devices. A guest that armed the timer anew meanwhile is called again.
   private func expire() {
+    change { state, now in arm(state, now) }
+  }
+
+  /// Changes the timer. What it expired before comes first, by the registers as they were: the loop may not have got
+  /// round to it.
+  @discardableResult
+  private func change<Result>(_ body: (inout State, UInt64) -> Result) -> Result {
     let now = clock.now()
-    let vector: UInt8? = state.withLock { state in
-      // A guest that armed it anew meanwhile is called again.
-      guard let expiry = state.expiry, expiry <= now else { return nil }
-      if mode == Mode.periodic, period > 0 {
-        // Periods that the host let pass come as one.
-        state.expiry = now &+ UInt64(count(state, now)) * divisor
-      } else {
-        state = State()
-      }
-      arm(state, now)
-      return isMasked ? nil : UInt8(truncatingIfNeeded: registers[APICRegister.timer])
+    let (result, due): (Result, UInt8?) = state.withLock { state in
+      let due = takeExpiry(&state, now) && !isMasked ? vector : nil
+      return (body(&state, now), due)
     }
-    if let vector { onExpiry(vector) }
+    if let due { onExpiry(due) }
+    return result
+  }
+
+  /// Whether the counter has reached 0; it then stands, or has begun anew. Periods that the host let pass count as one.
+  private func takeExpiry(_ state: inout State, _ now: UInt64) -> Bool {
+    guard let expiry = state.expiry, expiry <= now else { return false }
+    if mode == Mode.periodic, period > 0 {
+      state.expiry = now &+ UInt64(count(state, now)) * divisor
+    } else {
+      state = State()
+    }
+    return true
   }
 
   // MARK: Life
