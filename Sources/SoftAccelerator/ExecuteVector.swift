@@ -134,7 +134,7 @@ extension Processor {
     if usesMMX(i) { enterMMX() }
   }
 
-  /// Runs a floating-point unit under the guest's MXCSR with all exceptions masked; the result is in `soft_result`.
+  /// Runs a floating-point unit under the guest's MXCSR; the result is in `soft_result`.
   ///
   /// - Returns: the exception flags to set in MXCSR.
   /// - Throws: #XM (SDM vol. 1, 11.5) for an exception that the guest does not mask; its flags are set.
@@ -142,25 +142,17 @@ extension Processor {
     _ code: soft_unit_code, _ sources: (UnsafeMutableRawPointer, UnsafeMutableRawPointer, UnsafeMutableRawPointer),
     _ value: UInt64, _ rax: inout UInt64
   ) throws(Interruption) -> UInt32 {
-    let guest = MXCSR(rawValue: cpu.pointee.mxcsr)
-    var used = guest.subtracting(.flags).union(.masks)
-    // An unmasked underflow is any tiny result, a masked one an inexact tiny result. Flushing makes all inexact.
-    var isTiny = false
-    if !guest.contains(.underflowMask) {
-      var probe = used.union(.flushToZero).rawValue
-      _ = soft_run_mxcsr(code, soft_result(cpu), sources.0, sources.1, sources.2, value, &probe)
-      isTiny = MXCSR(rawValue: probe).contains(.underflow)
-      used.remove(.flushToZero)
+    var mxcsr = cpu.pointee.mxcsr & ~MXCSR.flags
+    var hasTrapped: UInt32 = 0
+    let result = soft_result(cpu)
+    if mxcsr & MXCSR.masks == MXCSR.masks {
+      rax = soft_run_mxcsr(code, result, sources.0, sources.1, sources.2, value, &mxcsr)
+    } else {
+      rax = soft_run_unmasked(code, result, sources.0, sources.1, sources.2, value, &mxcsr, &hasTrapped)
     }
-    var after = used.rawValue
-    rax = soft_run_mxcsr(code, soft_result(cpu), sources.0, sources.1, sources.2, value, &after)
-    var raised = MXCSR(rawValue: after).intersection(.flags)
-    if isTiny { raised.insert(.underflow) }
-    let unmasked = MXCSR(rawValue: raised.rawValue & ~(guest.rawValue >> 7))
-    if unmasked.isEmpty { return raised.rawValue }
-    // Those seen before the computation stop it: those seen after it do not arise.
-    if !unmasked.isDisjoint(with: .beforeComputation) { raised.formIntersection(.beforeComputation) }
-    cpu.pointee.mxcsr |= raised.rawValue
+    let raised = mxcsr & MXCSR.flags
+    if hasTrapped == 0 { return raised }
+    cpu.pointee.mxcsr |= raised
     throw cpu.pointee.cr4 & CR4.osxmmexcpt.rawValue != 0 ? .exception(.simdFloatingPoint) : .invalidOpcode
   }
 
@@ -268,17 +260,10 @@ extension Processor {
   }
 }
 
-/// MXCSR (SDM vol. 1, figure 10-3).
-struct MXCSR: OptionSet {
-  let rawValue: UInt32
-
-  static let underflow = MXCSR(rawValue: 1 << 4)
-  static let flags = MXCSR(rawValue: 0x3f)
-  /// Invalid operation, denormal operand and division by zero.
-  static let beforeComputation = MXCSR(rawValue: 7)
-  static let underflowMask = MXCSR(rawValue: 1 << 11)
-  static let masks = MXCSR(rawValue: 0x1f80)
-  static let flushToZero = MXCSR(rawValue: 1 << 15)
+/// Bits of MXCSR (SDM vol. 1, figure 10-3).
+enum MXCSR {
+  static let flags: UInt32 = 0x3f
+  static let masks: UInt32 = 0x1f80
   /// The bits that exist: MXCSR_MASK in an FXSAVE area.
-  static let all = MXCSR(rawValue: 0xffff)
+  static let all: UInt32 = 0xffff
 }

@@ -27,7 +27,7 @@ extension Processor {
     case .ldmxcsr, .vldmxcsr:
       try checkMXCSRAccess(i)
       let value = UInt32(truncatingIfNeeded: try read(i, 0))
-      guard value & ~MXCSR.all.rawValue == 0 else { throw .generalProtection }
+      guard value & ~MXCSR.all == 0 else { throw .generalProtection }
       cpu.pointee.mxcsr = value
     case .stmxcsr, .vstmxcsr:
       try checkMXCSRAccess(i)
@@ -96,7 +96,7 @@ extension Processor {
 
   private func storeMXCSR(to area: UnsafeMutableRawPointer) {
     area.storeBytes(of: cpu.pointee.mxcsr, toByteOffset: 24, as: UInt32.self)
-    area.storeBytes(of: MXCSR.all.rawValue, toByteOffset: 28, as: UInt32.self)
+    area.storeBytes(of: MXCSR.all, toByteOffset: 28, as: UInt32.self)
   }
 
   private func storeVectors(to area: UnsafeMutableRawPointer, offset: Int) {
@@ -142,7 +142,7 @@ extension Processor {
     let area = soft_area(cpu)
     try load(linear, into: area, count: 160 + vectorCount * 16)
     let mxcsr = area.load(fromByteOffset: 24, as: UInt32.self)
-    guard mxcsr & ~MXCSR.all.rawValue == 0 else { throw .generalProtection }
+    guard mxcsr & ~MXCSR.all == 0 else { throw .generalProtection }
     cpu.pointee.mxcsr = mxcsr
     loadX87Area(from: area, isWide: i.operation.mnemonic == .fxrstor64)
     loadVectors(from: area + 160, offset: 0)
@@ -249,7 +249,7 @@ extension Processor {
     let restored = requested & present
     let mxcsr = area.load(fromByteOffset: 24, as: UInt32.self)
     let loadsMXCSR = isCompact ? restored & 2 != 0 : requested & 6 != 0
-    if loadsMXCSR, mxcsr & ~MXCSR.all.rawValue != 0 { throw .generalProtection }
+    if loadsMXCSR, mxcsr & ~MXCSR.all != 0 { throw .generalProtection }
 
     // Everything is loaded before anything changes.
     let upper = area + Self.avxOffset

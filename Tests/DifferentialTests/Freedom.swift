@@ -89,16 +89,6 @@ enum Freedom {
     }
   }
 
-  /// Bits of MXCSR that are not compared: PE beside an unmasked exception, which the software CPU computes as if all
-  /// were masked; all of them for DPPS and DPPD, whose steps raise their exceptions one after another.
-  static func uncertainExceptions(_ i: Instruction, _ vector: Int32) -> UInt32 {
-    guard vector == 19 else { return 0 }
-    switch i.operation.mnemonic {
-    case .dpps, .dppd, .vdpps, .vdppd: return 0x3f
-    default: return 0x20
-    }
-  }
-
   /// Bits of general registers that are undefined: LAR's 19:16. One segment of Linux's has the CPU's number as limit.
   static func undefinedBits(_ i: Instruction) -> UInt64 {
     switch i.operation.mnemonic {

@@ -75,6 +75,12 @@ static inline uint64_t soft_run_mxcsr(
   return rax;
 }
 
+// The same where MXCSR masks not all exceptions. One that it does not mask is the host's own: the flags come back as the
+// processor left them, the result is to be thrown away, and `*trapped` is 1.
+uint64_t soft_run_unmasked(
+    soft_unit_code _Nonnull code, void *_Nonnull result, const void *_Nonnull a, const void *_Nonnull b,
+    const void *_Nonnull c, uint64_t value, uint32_t *_Nonnull mxcsr, uint32_t *_Nonnull trapped);
+
 // The instruction sets that the host can execute, as bits of these numbers.
 enum {
   SOFT_HOST_SSE3,
