@@ -31,8 +31,10 @@ enum Comparison {
     let general = (native_general(s), native_general(n))
     let undefined = completed ? Freedom.undefinedRegister(i, before) : nil
     let is64 = i.mode == .code64
+    // A far branch to another mode leaves the upper halves undefined (SDM vol. 1, 3.4.1.1).
+    let staysWide = is64 && native_selectors(s)[1] == native_selectors(before)[1]
     for index in 0..<(is64 ? 16 : 8) where index != undefined {
-      let mask: UInt64 = (is64 ? ~0 : 0xffff_ffff) & ~Freedom.undefinedBits(i)
+      let mask: UInt64 = (staysWide ? ~0 : 0xffff_ffff) & ~Freedom.undefinedBits(i)
       check("r\(index)", general.0[index] & mask, general.1[index] & mask)
     }
     check("rip", s.pointee.rip, n.pointee.rip)

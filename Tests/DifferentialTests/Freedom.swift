@@ -70,8 +70,10 @@ enum Freedom {
     // A misaligned operand that also crosses the segment's limit.
     if isVector, bothFault, soft != native, soft != 14, native != 14 { return true }
     switch i.operation.mnemonic {
+    // AMD holds each part of x87's state against the segment's limit, so that the whole may wrap around at 4 GiB.
+    case .fldenv, .frstor: return bothFault || i.mode == .code32 && soft == 13 && native == 1
     // In which order an instruction's accesses are made, and which of them before it faults, is the processor's own.
-    case .cmps, .call, .retf, .jmp, .iret, .pusha, .popa, .fldenv, .frstor, .arpl, .bound, .fbld, .les,
+    case .cmps, .call, .retf, .jmp, .iret, .pusha, .popa, .arpl, .bound, .fbld, .les,
       .lds, .lfs, .lgs, .lss, .fld:
       return bothFault
     // Whether bytes that are not written fault is the processor's own (SDM vol. 2, MASKMOVQ); AMD's fault comes after
