@@ -56,6 +56,7 @@ let package = Package(
     // The kernel's interfaces and other C.
     .target(name: "CLinux"),
     .systemLibrary(name: "CElf", pkgConfig: "libelf", providers: [.apt(["libelf-dev"])]),
+    .systemLibrary(name: "CCompression", providers: [.apt(["zlib1g-dev", "libzstd-dev"])]),
     .target(name: "CFirmware", path: "firmware"),
     // The loops of the guest `cpu`, for the physical CPU.
     .target(name: "CLoops", path: "guests/cpu", exclude: ["cpu.swift"]),
@@ -73,6 +74,11 @@ let package = Package(
       "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "MemoryViews", "StateTree", "X86"],
       settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
+
+    // Disks.
+    .target(
+      name: "BlockLayer", dependencies: ["CCompression", "CLinux", "Host"], swiftSettings: strict,
+      linkerSettings: [.linkedLibrary(":libz.a"), .linkedLibrary(":libzstd.a")]),
 
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
@@ -145,6 +151,7 @@ let package = Package(
         "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "KVMAccelerator", "Machine", "PlatformDevices",
         "StateTree",
       ]),
+    tests("BlockLayerTests", ["BlockLayer", "Host"]),
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Boot", "Host"]),

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/uio.h>
 #include <linux/kvm.h>
 
 // ioctl numbers: _IO macros do not import.
@@ -148,3 +149,45 @@ void clinux_terminal_restore(void);
 
 /// Blocks `signals` in the calling thread and in those it starts later, and returns a signalfd(2) that reads them.
 int clinux_signal_descriptor(const int *signals, int count);
+
+// io_uring(7), as one thread uses it that both submits and reaps.
+
+enum clinux_uring_operation { CLINUX_URING_READ, CLINUX_URING_WRITE, CLINUX_URING_SYNC_DATA };
+
+struct clinux_uring {
+  int file;
+  unsigned entries, queued, sq_mask, cq_mask;
+  unsigned *sq_head, *sq_tail, *sq_array, *cq_head, *cq_tail;
+  void *rings, *submissions, *cq_entries;
+  size_t rings_size, submissions_size;
+};
+
+/// Sets up a ring whose completions signal the eventfd `notifier` (none when negative); -1 and errno on failure.
+int clinux_uring_open(struct clinux_uring *ring, unsigned entries, int notifier);
+void clinux_uring_close(struct clinux_uring *ring);
+
+/// Queues one operation; 0 where the submission queue is full. The vectors stay until the operation has completed.
+int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
+                       const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token);
+
+/// Hands what is queued to the kernel and waits for `wait_for` completions; -1 and errno on failure.
+int clinux_uring_submit(struct clinux_uring *ring, unsigned wait_for);
+
+/// Takes one completion; 0 where there is none.
+int clinux_uring_reap(struct clinux_uring *ring, uint64_t *token, int32_t *result);
+
+// Files: what glibc declares only under _GNU_SOURCE.
+
+/// Takes (or, when `lock` is 0, gives up) a shared open-file-description lock on one byte (F_OFD_SETLK).
+int clinux_lock_byte(int file, int64_t offset, int lock);
+/// Whether another open file description holds a lock on the byte: 1 or 0; -1 and errno on failure.
+int clinux_byte_is_locked(int file, int64_t offset);
+/// fallocate(2) with the file's length kept.
+int clinux_punch_hole(int file, int64_t offset, int64_t length);
+/// fallocate(2), which may make the file longer.
+int clinux_zero_range(int file, int64_t offset, int64_t length);
+/// lseek(2) to data or a hole at or after `offset`; -1 and errno (ENXIO past the last data) on failure.
+int64_t clinux_seek_data(int file, int64_t offset);
+int64_t clinux_seek_hole(int file, int64_t offset);
+/// O_DIRECT.
+extern const int clinux_direct_flag;

@@ -1,0 +1,133 @@
+import Host
+
+/// Why a disk operation failed.
+public enum BlockError: Error, Equatable, CustomStringConvertible {
+  /// A system call on an image file failed.
+  case io(call: String, path: String, errno: Int32)
+  /// The image's bytes break its format's rules.
+  case malformed(path: String, ImageFault)
+  /// The image is sound and needs what swiftvmm has not.
+  case unsupported(path: String, Unsupported)
+  /// Another process uses the file in a way that excludes this one.
+  case locked(path: String, use: String)
+  /// A request that goes past the end of the disk.
+  case outOfRange(offset: UInt64, length: UInt64, size: UInt64)
+  /// A change of a disk that was opened for reading.
+  case readOnly(path: String)
+  /// The image was found to be damaged while in use, and takes no more writes.
+  case damaged(path: String, ImageFault)
+  /// A backing file that could not be opened.
+  case backing(of: String, reason: String)
+  /// More layers than the bound, or one that is its own ancestor.
+  case chainTooDeep(path: String, limit: Int)
+  case chainLoop(path: String)
+  /// A name that means nothing here.
+  case unknown(what: String, name: String, path: String)
+  /// The name is taken.
+  case exists(what: String, name: String, path: String)
+  /// A value that the operation cannot take.
+  case invalid(what: String, value: String, expected: String)
+  /// The host can give no I/O queue.
+  case queue(HostError)
+
+  /// One line: what failed, the value, the cause, what to do.
+  public var description: String {
+    switch self {
+    case .io(let call, let path, let code): "cannot \(call) \(path): \(HostError.reason(code))"
+    case .malformed(let path, let fault): "\(path) is malformed: \(fault)"
+    case .unsupported(let path, let feature): "\(path) cannot be used: \(feature)"
+    case .locked(let path, let use):
+      "\(path) is in use by another process, which does not let others \(use) it; end that process or use --force-share"
+    case .outOfRange(let offset, let length, let size):
+      "\(length) bytes at \(offset) go past the end of the disk, which has \(size) bytes"
+    case .readOnly(let path): "\(path) is open for reading only"
+    case .damaged(let path, let fault):
+      "\(path) was found damaged (\(fault)) and takes no more writes; run swiftvmm disk check --repair all"
+    case .backing(let path, let reason): "cannot open the backing file of \(path): \(reason)"
+    case .chainTooDeep(let path, let limit):
+      "the backing chain of \(path) has more than \(limit) layers; shorten it with swiftvmm disk commit or rebase"
+    case .chainLoop(let path): "the backing chain comes back to \(path), which would be its own backing file"
+    case .unknown(let what, let name, let path): "\(path) has no \(what) \(name)"
+    case .exists(let what, let name, let path): "\(path) has a \(what) \(name) already; choose another name"
+    case .invalid(let what, let value, let expected): "\(what) \(value): expected \(expected)"
+    case .queue(let error): "\(error)"
+    }
+  }
+}
+
+/// What is wrong with an image's bytes. Offsets and sizes are in bytes.
+public enum ImageFault: Equatable, Sendable, CustomStringConvertible {
+  case noMagic
+  case truncated(what: String, need: UInt64, have: UInt64)
+  case version(UInt32)
+  case clusterBits(UInt32)
+  case headerLength(UInt32)
+  case refcountOrder(UInt32)
+  case misaligned(what: String, offset: UInt64)
+  case beyondLimit(what: String, value: UInt64, limit: UInt64)
+  case outsideFile(what: String, offset: UInt64, length: UInt64)
+  case tableTooSmall(what: String, entries: UInt64, need: UInt64)
+  case reservedBits(what: String, value: UInt64)
+  case text(what: String)
+  case compression(type: UInt8)
+  case compressedData(offset: UInt64)
+  case overlap(what: String, offset: UInt64)
+  case refcount(cluster: UInt64, value: UInt64)
+  case bitmaps(String)
+
+  /// A part of a line.
+  public var description: String {
+    switch self {
+    case .noMagic: "it has no qcow2 magic number"
+    case .truncated(let what, let need, let have): "its \(what) needs \(need) bytes and it has \(have)"
+    case .version(let version): "it is of qcow2 version \(version), and 2 and 3 are known"
+    case .clusterBits(let bits): "its clusters have 2^\(bits) bytes, and 2^9 to 2^21 are allowed"
+    case .headerLength(let length): "its header has \(length) bytes"
+    case .refcountOrder(let order): "its refcounts have 2^\(order) bits, and 2^6 are the most"
+    case .misaligned(let what, let offset): "its \(what) at \(offset) is not aligned to a cluster"
+    case .beyondLimit(let what, let value, let limit): "its \(what) is \(value), beyond the limit of \(limit)"
+    case .outsideFile(let what, let offset, let length):
+      "its \(what), \(length) bytes at \(offset), is outside the file"
+    case .tableTooSmall(let what, let entries, let need): "its \(what) has \(entries) entries and needs \(need)"
+    case .reservedBits(let what, let value): "its \(what) \(String(value, radix: 16)) has reserved bits set"
+    case .text(let what): "its \(what) is not UTF-8 text"
+    case .compression(let type): "its compression type \(type) is unknown or contradicts its feature bits"
+    case .compressedData(let offset): "the compressed cluster at \(offset) cannot be decompressed"
+    case .overlap(let what, let offset): "a write to \(offset) would overwrite its \(what)"
+    case .refcount(let cluster, let value): "the refcount of cluster \(cluster) is \(value)"
+    case .bitmaps(let rule): "its bitmaps break a rule: \(rule)"
+    }
+  }
+}
+
+/// What an image asks for that is not implemented.
+public enum Unsupported: Equatable, Sendable, CustomStringConvertible {
+  case features(UInt64, names: [String])
+  case encryption
+  case externalData
+  case extendedL2
+  case dirty
+  case corrupt
+  case format(String)
+  case internalSnapshotOfOtherSize
+  case refcountOverflow(bits: Int)
+  case operation(String)
+
+  /// A part of a line.
+  public var description: String {
+    switch self {
+    case .features(let bits, let names):
+      "it has incompatible features that swiftvmm does not know: "
+        + (names.isEmpty ? "bits 0x\(String(bits, radix: 16))" : names.joined(separator: ", "))
+    case .encryption: "it is encrypted; decrypt it with qemu-img convert"
+    case .externalData: "it has an external data file; join them with qemu-img convert"
+    case .extendedL2: "it has extended L2 entries, which are read and not written yet"
+    case .dirty: "it was not closed and its refcounts may be wrong; run swiftvmm disk check --repair all"
+    case .corrupt: "it is marked as corrupt; run swiftvmm disk check --repair all"
+    case .format(let name): "the format \(name) is not known; raw and qcow2 are"
+    case .internalSnapshotOfOtherSize: "it has internal snapshots, with which its size cannot be changed"
+    case .refcountOverflow(let bits): "a cluster would have more references than \(bits)-bit refcounts can count"
+    case .operation(let name): "\(name) is not possible for its format"
+    }
+  }
+}

@@ -1,0 +1,194 @@
+/// What the L2 tables say about a stretch of the disk.
+enum Qcow2Mapping: Equatable {
+  case unallocated
+  case zero
+  /// Bytes at a host offset; in place means that nothing else refers to the cluster.
+  case data(host: UInt64, inPlace: Bool)
+  case compressed(entry: UInt64)
+}
+
+extension Qcow2Image {
+  /// Where the L2 entry of a disk offset is; nil where there is no L2 table.
+  private func l2Place(for offset: UInt64) throws(BlockError) -> (place: Int, index: Int)? {
+    let index = offset / header.l2Coverage
+    guard index < UInt64(l1.count) else { return nil }
+    let entry = l1[Int(index)]
+    let table = entry & Qcow2Entry.offsetMask
+    guard table != 0 else { return nil }
+    guard table % clusterSize == 0, entry & Qcow2Entry.l1Reserved == 0 else {
+      throw noteDamage(.reservedBits(what: "L1 entry", value: entry))
+    }
+    return try l2Place(in: table, for: offset)
+  }
+
+  private func l2Place(in table: UInt64, for offset: UInt64) throws(BlockError) -> (place: Int, index: Int) {
+    let byte = (offset >> clusterBits) % header.l2Entries * 8
+    let unit = UInt64(l2Cache.unit)
+    return (try l2Load(table + byte.roundedDown(to: unit)), Int(byte % unit))
+  }
+
+  func l2Load(_ offset: UInt64) throws(BlockError) -> Int {
+    if let place = l2Cache.find(offset) { return place }
+    let place = try l2Room(offset)
+    do {
+      try file.read(at: offset, into: UnsafeMutableRawBufferPointer(start: l2Cache.bytes(place), count: l2Cache.unit))
+    } catch {
+      l2Cache.forget(place)
+      throw error
+    }
+    return place
+  }
+
+  private func l2Room(_ offset: UInt64) throws(BlockError) -> Int {
+    if let place = l2Cache.insert(offset) { return place }
+    try writeBackNow(withRefcounts: !header.usesLazyRefcounts)
+    guard let place = l2Cache.insert(offset) else { throw .io(call: "cache a table of", path: file.path, errno: 12) }
+    return place
+  }
+
+  /// The entry of one cluster; 0 where there is no L2 table.
+  func l2Entry(for offset: UInt64) throws(BlockError) -> UInt64 {
+    guard let (place, index) = try l2Place(for: offset) else { return 0 }
+    return l2Cache.bytes(place).bigEndian64(index)
+  }
+
+  func interpret(_ entry: UInt64, at offset: UInt64) throws(BlockError) -> Qcow2Mapping {
+    if entry & Qcow2Entry.compressed != 0 { return .compressed(entry: entry) }
+    if entry & Qcow2Entry.zero != 0, header.version >= 3 { return .zero }
+    let host = entry & Qcow2Entry.offsetMask
+    guard entry & Qcow2Entry.l2Reserved == 0, host % clusterSize == 0 else {
+      throw noteDamage(.reservedBits(what: "L2 entry", value: entry))
+    }
+    return host == 0 ? .unallocated : .data(host: host, inPlace: entry & Qcow2Entry.copied != 0)
+  }
+
+  /// The state at `offset` and how many bytes from there on share it, in a row in the file too; `length` at most.
+  func map(_ offset: UInt64, _ length: UInt64) throws(BlockError) -> (mapping: Qcow2Mapping, length: UInt64) {
+    let within = offset & (clusterSize - 1)
+    let first = offset - within
+    guard let (place, index) = try l2Place(for: offset) else {
+      let toNextTable = header.l2Coverage - offset % header.l2Coverage
+      return (.unallocated, min(length, toNextTable))
+    }
+    let table = l2Cache.bytes(place)
+    var mapping = try interpret(table.bigEndian64(index), at: first)
+    if case .compressed = mapping { return (mapping, min(length, clusterSize - within)) }
+    var covered = clusterSize
+    var next = index + 8
+    while next < l2Cache.unit, covered < within + length {
+      let expected: Qcow2Mapping =
+        if case .data(let host, let inPlace) = mapping { .data(host: host + covered, inPlace: inPlace) } else { mapping }
+      guard try interpret(table.bigEndian64(next), at: first) == expected else { break }
+      covered += clusterSize
+      next += 8
+    }
+    if case .data(let host, let inPlace) = mapping { mapping = .data(host: host + within, inPlace: inPlace) }
+    return (mapping, min(length, covered - within))
+  }
+
+  /// Where a compressed cluster's bytes are: whole sectors that may begin within one.
+  func compressedRange(_ entry: UInt64) -> (offset: UInt64, length: UInt64) {
+    let shift = 62 - (clusterBits - 8)
+    let offset = entry & ((1 << shift) - 1)
+    let sectors = (entry & ~(Qcow2Entry.compressed | Qcow2Entry.copied)) >> shift
+    return (offset, (sectors + 1) * 512 - offset % 512)
+  }
+
+  /// The host clusters that an entry refers to.
+  func hostClusters(_ entry: UInt64) -> Range<UInt64> {
+    if entry & Qcow2Entry.compressed != 0 {
+      let (offset, length) = compressedRange(entry)
+      return (offset >> clusterBits)..<(((offset + length - 1) >> clusterBits) + 1)
+    }
+    let cluster = (entry & Qcow2Entry.offsetMask) >> clusterBits
+    return cluster == 0 ? 0..<0 : cluster..<(cluster + 1)
+  }
+
+  /// Sets one cluster's entry and gives up what the old one referred to.
+  func setL2Entry(for offset: UInt64, _ entry: UInt64) throws(BlockError) {
+    try makeL2Writable(for: offset)
+    guard let (place, index) = try l2Place(for: offset) else { return }
+    let old = l2Cache.bytes(place).bigEndian64(index)
+    guard old != entry else { return }
+    l2Cache.bytes(place).storeBigEndian(entry, index)
+    l2Cache.markDirty(place)
+    let named = hostClusters(entry)
+    for cluster in hostClusters(old) where !named.contains(cluster) { free(cluster) }
+  }
+
+  /// Begins a write-back when tables have become dirty in numbers, so that no request has to wait for all of them.
+  func limitDirtyTables() {
+    guard writeBack == nil, l2Cache.wantsWriteBack || refcounts.cache.wantsWriteBack else { return }
+    // An empty flush is a write-back that nobody waits for.
+    submitFlush(BlockRequest(.flush) { _ in })
+  }
+
+  /// Makes sure that the active L1 table alone refers to an L2 table for `offset`.
+  private func makeL2Writable(for offset: UInt64) throws(BlockError) {
+    let index = Int(offset / header.l2Coverage)
+    guard index < l1.count else {
+      throw noteDamage(
+        .tableTooSmall(what: "L1 table", entries: UInt64(l1.count), need: header.l1EntriesNeeded(for: size)))
+    }
+    let entry = l1[index]
+    if entry & Qcow2Entry.copied != 0 {
+      guard entry & Qcow2Entry.l1Reserved == 0, entry & Qcow2Entry.offsetMask % clusterSize == 0 else {
+        throw noteDamage(.reservedBits(what: "L1 entry", value: entry))
+      }
+      return
+    }
+    let old = entry & Qcow2Entry.offsetMask
+    let contents = DiskBuffer(count: Int(clusterSize), zeroed: true)
+    if old != 0 {
+      guard old % clusterSize == 0 else { throw noteDamage(.misaligned(what: "L2 table", offset: old)) }
+      for part in stride(from: 0, to: Int(clusterSize), by: l2Cache.unit) {
+        let place = try l2Load(old + UInt64(part))
+        (contents.start + part).copyMemory(from: l2Cache.bytes(place), byteCount: l2Cache.unit)
+      }
+    }
+    let new = try refcounts.allocate(upTo: 1).offset
+    l2Cache.forget(from: new, length: clusterSize)
+    // On disk in full before the L1 table can name it.
+    try file.write(at: new, from: UnsafeRawBufferPointer(contents.bytes))
+    refcounts.protect(new, 1)
+    l1[index] = new | Qcow2Entry.copied
+    dirtyL1.mark(entry: index)
+    if old != 0 { free(old >> clusterBits) }
+  }
+
+  /// What a range holds, for `map`, jobs and NBD.
+  public func extent(at offset: UInt64, length: UInt64) throws(BlockError) -> BlockExtent {
+    guard offset < size, length > 0 else {
+      return BlockExtent(offset: offset, length: 0, isAllocated: false, isData: false, isZero: true)
+    }
+    let wanted = min(length, size - offset)
+    var (mapping, covered) = try map(offset, wanted)
+    // Runs end where a piece of a table ends; the next may go on.
+    while covered < wanted {
+      let (next, more) = try map(offset + covered, wanted - covered)
+      if case .data(let host, let inPlace) = mapping {
+        guard next == .data(host: host + covered, inPlace: inPlace) else { break }
+      } else if next != mapping || next.isCompressed {
+        break
+      }
+      covered += more
+    }
+    var extent = BlockExtent(offset: offset, length: covered, isAllocated: true, isData: true, isZero: false)
+    switch mapping {
+    case .unallocated:
+      extent.isAllocated = false
+      extent.isData = false
+      extent.isZero = backing == nil
+    case .zero:
+      extent.isData = false
+      extent.isZero = true
+    case .data(let host, _): extent.hostOffset = host
+    case .compressed: extent.isCompressed = true
+    }
+    return extent
+  }
+}
+
+extension Qcow2Mapping {
+  var isCompressed: Bool { if case .compressed = self { true } else { false } }
+}

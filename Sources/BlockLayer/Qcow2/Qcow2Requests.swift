@@ -1,0 +1,355 @@
+import Glibc
+
+/// What a request that is made of several transfers has in common: it completes when all of them have.
+class Qcow2Request {
+  let image: Qcow2Image
+  let request: BlockRequest
+  /// Bytes of the request that are done or under way.
+  var done: UInt64 = 0
+  private var outstanding = 1
+  private var firstError: BlockError?
+
+  init(_ image: Qcow2Image, _ request: BlockRequest) {
+    self.image = image
+    self.request = request
+  }
+
+  var position: UInt64 { request.offset + done }
+  var rest: UInt64 { request.length - done }
+  var hasFailed: Bool { firstError != nil }
+
+  func begin() { outstanding += 1 }
+
+  func end(_ error: BlockError?) {
+    if firstError == nil { firstError = error }
+    outstanding -= 1
+    if outstanding == 0 { request.completion(firstError) }
+  }
+
+  /// A transfer of guest data, during which the clusters it touches are not given to anybody else.
+  func transfer(
+    _ operation: BlockRequest.Operation, host: UInt64, length: UInt64,
+    memory: (inout IOVectors) -> Void, then: @escaping (BlockError?) -> Void
+  ) {
+    begin()
+    let image = image
+    let period = image.grace.begin()
+    let child = BlockRequest(operation, offset: host, length: length) { [self] error in
+      image.release(image.grace.end(period))
+      then(error)
+      end(error)
+    }
+    memory(&child.memory)
+    image.file.submit(child)
+  }
+}
+
+/// One read, cut where the mapping changes.
+final class Qcow2Read: Qcow2Request {
+  func advance() {
+    while rest > 0, !hasFailed {
+      do throws(BlockError) {
+        let (mapping, length) = try image.map(position, rest)
+        read(mapping, length)
+        done += length
+      } catch {
+        begin()
+        end(error)
+      }
+    }
+    end(nil)
+  }
+
+  private func read(_ mapping: Qcow2Mapping, _ length: UInt64) {
+    let start = Int(done)
+    switch mapping {
+    case .zero: request.memory.zero(from: start, length: Int(length))
+    case .unallocated: readBacking(start, length)
+    case .data(let host, _):
+      transfer(
+        .read, host: host, length: length, memory: { $0.append(request.memory, from: start, length: Int(length)) },
+        then: { _ in })
+    case .compressed(let entry): readCompressed(entry, start, Int(length))
+    }
+  }
+
+  private func readBacking(_ start: Int, _ length: UInt64) {
+    let offset = request.offset + UInt64(start)
+    let inBacking = image.backing.map { min(length, $0.size - min(offset, $0.size)) } ?? 0
+    request.memory.zero(from: start + Int(inBacking), length: Int(length - inBacking))
+    guard let backing = image.backing, inBacking > 0 else { return }
+    begin()
+    let child = BlockRequest(.read, offset: offset, length: inBacking) { [self] error in end(error) }
+    child.memory.append(request.memory, from: start, length: Int(inBacking))
+    backing.submit(child)
+  }
+
+  private func readCompressed(_ entry: UInt64, _ start: Int, _ length: Int) {
+    let within = Int((request.offset + UInt64(start)) & (image.clusterSize - 1))
+    if image.decompressed.entry == entry, let buffer = image.decompressed.buffer {
+      return request.memory.copyIn(buffer.start + within, from: start, length: length)
+    }
+    let (offset, count) = image.compressedRange(entry)
+    let source = DiskBuffer(count: Int(count))
+    transfer(.read, host: offset, length: count, memory: { $0.append(source.start, Int(count)) }) { [self] error in
+      guard error == nil else { return }
+      let buffer = DiskBuffer(count: Int(image.clusterSize))
+      let type = CompressionType(rawValue: image.header.compressionType) ?? .zlib
+      begin()
+      guard type.decompress(UnsafeRawBufferPointer(source.bytes), into: buffer.bytes) else {
+        return end(.malformed(path: image.file.path, .compressedData(offset: offset)))
+      }
+      image.decompressed = DecompressedCluster(entry: entry, buffer: buffer)
+      request.memory.copyIn(buffer.start + within, from: start, length: length)
+      end(nil)
+    }
+  }
+}
+
+/// Clusters that are being allocated: their data is on its way, and no table names them yet.
+final class Qcow2Allocation {
+  /// The first cluster of the disk, and the host cluster for it.
+  let guest: UInt64
+  let host: UInt64
+  let count: UInt64
+  /// Requests that go on when the tables name the clusters.
+  var waiters: [() -> Void] = []
+
+  init(guest: UInt64, host: UInt64, count: UInt64) {
+    self.guest = guest
+    self.host = host
+    self.count = count
+  }
+}
+
+/// One write: in place where nothing else refers to a cluster, else into new clusters with what they had around it.
+final class Qcow2Write: Qcow2Request {
+  func advance() {
+    while rest > 0, !hasFailed {
+      do throws(BlockError) {
+        let (mapping, length) = try image.map(position, rest)
+        if case .data(let host, true) = mapping {
+          try writeInPlace(host, length)
+        } else if let other = image.allocations[position >> image.clusterBits] {
+          other.waiters.append { [self] in advance() }
+          return
+        } else {
+          try allocate()
+        }
+      } catch {
+        begin()
+        end(error)
+      }
+    }
+    end(nil)
+  }
+
+  private func writeInPlace(_ host: UInt64, _ length: UInt64) throws(BlockError) {
+    guard !image.refcounts.isMetadata(cluster: host >> image.clusterBits) else {
+      throw image.noteDamage(.overlap(what: "tables", offset: host))
+    }
+    let start = Int(done)
+    transfer(
+      .write, host: host, length: length, memory: { $0.append(request.memory, from: start, length: Int(length)) },
+      then: { _ in })
+    done += length
+  }
+
+  /// New clusters for as much of the rest as can be had in a row.
+  private func allocate() throws(BlockError) {
+    let bits = image.clusterBits
+    let first = position >> bits
+    let last = (request.offset + request.length - 1) >> bits
+    var wanted: UInt64 = 1
+    while first + wanted <= last, wanted < 256 {
+      if image.allocations[first + wanted] != nil { break }
+      if case .data(_, true) = try image.map((first + wanted) << bits, 1).mapping { break }
+      wanted += 1
+    }
+    let (host, count, isFresh) = try image.refcounts.allocate(upTo: wanted)
+    let allocation = Qcow2Allocation(guest: first, host: host >> bits, count: count)
+    for cluster in first..<(first + count) { image.allocations[cluster] = allocation }
+    let length = min(rest, ((first + count) << bits) - position)
+    let start = Int(done)
+    done += length
+    begin()
+    let head = CopiedEdge(image, from: first << bits, to: request.offset + UInt64(start), isFresh: isFresh)
+    let end = request.offset + UInt64(start) + length
+    let tail = CopiedEdge(image, from: end, to: (first + count) << bits, isFresh: isFresh)
+    head.fill { [self] error in
+      guard error == nil else { return finish(allocation, error) }
+      tail.fill { [self] error in
+        guard error == nil else { return finish(allocation, error) }
+        let skipped = head.buffer == nil ? head.length : 0
+        transfer(
+          .write, host: host + skipped, length: head.written + length + tail.written,
+          memory: { memory in
+            if let buffer = head.buffer { memory.append(buffer.start, Int(head.length)) }
+            memory.append(request.memory, from: start, length: Int(length))
+            if let buffer = tail.buffer { memory.append(buffer.start, Int(tail.length)) }
+          },
+          then: { [self] error in finish(allocation, error) })
+      }
+    }
+  }
+
+  /// The data is in the file: the tables may name it.
+  private func finish(_ allocation: Qcow2Allocation, _ error: BlockError?) {
+    var error = error
+    var linked: UInt64 = 0
+    if error == nil {
+      do throws(BlockError) {
+        while linked < allocation.count {
+          let host = (allocation.host + linked) << image.clusterBits
+          try image.setL2Entry(for: (allocation.guest + linked) << image.clusterBits, host | Qcow2Entry.copied)
+          linked += 1
+        }
+      } catch let failure {
+        error = failure
+      }
+    }
+    for cluster in linked..<allocation.count { image.free(allocation.host + cluster) }
+    for cluster in 0..<allocation.count { image.allocations[allocation.guest + cluster] = nil }
+    image.limitDirtyTables()
+    end(error)
+    for waiter in allocation.waiters { waiter() }
+  }
+}
+
+/// What a new cluster takes over from before, in front of or behind the bytes that are written.
+private final class CopiedEdge {
+  let image: Qcow2Image
+  let offset: UInt64
+  let length: UInt64
+  let isFresh: Bool
+  /// Nil where nothing has to be written: the host's bytes are zero, and so are the disk's.
+  var buffer: DiskBuffer?
+  var written: UInt64 { buffer == nil ? 0 : length }
+
+  init(_ image: Qcow2Image, from start: UInt64, to end: UInt64, isFresh: Bool) {
+    self.image = image
+    offset = start
+    length = end - start
+    self.isFresh = isFresh
+  }
+
+  func fill(_ then: @escaping (BlockError?) -> Void) {
+    guard length > 0 else { return then(nil) }
+    let onDisk = min(length, image.size - min(offset, image.size))
+    do throws(BlockError) {
+      let isZero = try image.isZero(at: offset, length: onDisk)
+      if isZero, isFresh { return then(nil) }
+      let buffer = DiskBuffer(count: Int(length), zeroed: true)
+      self.buffer = buffer
+      if isZero { return then(nil) }
+      let read = BlockRequest(.read, offset: offset, length: onDisk, completion: then)
+      read.memory.append(buffer.start, Int(onDisk))
+      Qcow2Read(image, read).advance()
+    } catch {
+      then(error)
+    }
+  }
+}
+
+extension Qcow2Image {
+  /// Whether metadata alone says that a range reads as zeros.
+  public func isZero(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool {
+    var done: UInt64 = 0
+    while done < length {
+      let (mapping, covered) = try map(offset + done, length - done)
+      switch mapping {
+      case .zero: break
+      case .unallocated:
+        if let backing, !(try backing.readsAsZero(at: offset + done, length: covered)) { return false }
+      case .data, .compressed: return false
+      }
+      done += covered
+    }
+    return true
+  }
+}
+
+extension BlockNode {
+  /// Whether metadata alone says that a range reads as zeros; what lies past the end does.
+  public func readsAsZero(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool {
+    guard offset < size else { return true }
+    let length = min(length, size - offset)
+    if let image = self as? Qcow2Image { return try image.isZero(at: offset, length: length) }
+    var done: UInt64 = 0
+    while done < length {
+      let extent = try extent(at: offset + done, length: length - done)
+      guard extent.isZero, extent.length > 0 else { return false }
+      done += extent.length
+    }
+    return true
+  }
+}
+
+/// One discard, or one write of zeroes: whole clusters by their entries, edges as data.
+final class Qcow2Zero: Qcow2Request {
+  func advance() {
+    let size = image.clusterSize
+    while rest > 0, !hasFailed {
+      do throws(BlockError) {
+        let within = position & (size - 1)
+        // The disk's last cluster is whole where the disk ends.
+        let toEnd = position + rest == image.size ? rest.roundedUp(to: size) : rest
+        if within != 0 || toEnd < size {
+          try zeroEdge(min(rest, size - within))
+        } else if let other = image.allocations[position >> image.clusterBits] {
+          other.waiters.append { [self] in advance() }
+          return
+        } else {
+          try zeroClusters()
+        }
+      } catch {
+        begin()
+        end(error)
+      }
+    }
+    image.limitDirtyTables()
+    end(nil)
+  }
+
+  private func zeroEdge(_ length: UInt64) throws(BlockError) {
+    let offset = position
+    done += length
+    guard request.operation == .writeZeroes, !(try image.isZero(at: offset, length: length)) else { return }
+    writeZeros(offset, length)
+  }
+
+  private func writeZeros(_ offset: UInt64, _ length: UInt64) {
+    let zeros = DiskBuffer(count: Int(length), zeroed: true)
+    begin()
+    let child = BlockRequest(.write, offset: offset, length: length) { [self, zeros] error in
+      withExtendedLifetime(zeros) { end(error) }
+    }
+    child.memory.append(zeros.start, Int(length))
+    Qcow2Write(image, child).advance()
+  }
+
+  /// A stretch of whole clusters with one state.
+  private func zeroClusters() throws(BlockError) {
+    let size = image.clusterSize
+    let whole = position + rest == image.size ? rest : rest.roundedDown(to: size)
+    let (mapping, length) = try image.map(position, whole)
+    let hasZeroFlag = image.header.version >= 3
+    // What lies below must not show through.
+    let entry: UInt64 = image.backing == nil ? 0 : Qcow2Entry.zero
+    switch mapping {
+    case .zero: done += length
+    case .unallocated where image.backing == nil: done += length
+    case .unallocated where request.operation == .discard: done += length
+    default:
+      if entry != 0, !hasZeroFlag {
+        let part = min(length, size)
+        let offset = position
+        done += part
+        if request.operation == .writeZeroes { writeZeros(offset, part) }
+        return
+      }
+      try image.setL2Entry(for: position, entry)
+      done += min(length, size)
+    }
+  }
+}

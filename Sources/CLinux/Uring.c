@@ -1,0 +1,102 @@
+#define _GNU_SOURCE
+#include "CLinux.h"
+#include <errno.h>
+#include <linux/io_uring.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// The ring's layout and memory order: io_uring(7). One thread submits and reaps.
+
+int clinux_uring_open(struct clinux_uring *ring, unsigned entries, int notifier) {
+  memset(ring, 0, sizeof *ring);
+  struct io_uring_params parameters = {0};
+  int file = (int)syscall(SYS_io_uring_setup, entries, &parameters);
+  if (file < 0) return -1;
+  // Kernels since 5.4 map both rings at once; older ones are left to the thread pool.
+  if (!(parameters.features & IORING_FEAT_SINGLE_MMAP) || !(parameters.features & IORING_FEAT_NODROP)) {
+    close(file);
+    errno = ENOSYS;
+    return -1;
+  }
+  size_t submission = parameters.sq_off.array + parameters.sq_entries * sizeof(unsigned);
+  size_t completion = parameters.cq_off.cqes + parameters.cq_entries * sizeof(struct io_uring_cqe);
+  ring->file = file;
+  ring->entries = parameters.sq_entries;
+  ring->rings_size = submission > completion ? submission : completion;
+  ring->submissions_size = parameters.sq_entries * sizeof(struct io_uring_sqe);
+  ring->rings = mmap(0, ring->rings_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, IORING_OFF_SQ_RING);
+  ring->submissions =
+      mmap(0, ring->submissions_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, IORING_OFF_SQES);
+  if (ring->rings == MAP_FAILED || ring->submissions == MAP_FAILED ||
+      (notifier >= 0 && syscall(SYS_io_uring_register, file, IORING_REGISTER_EVENTFD, &notifier, 1) < 0)) {
+    int code = errno;
+    clinux_uring_close(ring);
+    errno = code;
+    return -1;
+  }
+  char *base = ring->rings;
+  ring->sq_head = (unsigned *)(base + parameters.sq_off.head);
+  ring->sq_tail = (unsigned *)(base + parameters.sq_off.tail);
+  ring->sq_array = (unsigned *)(base + parameters.sq_off.array);
+  ring->sq_mask = *(unsigned *)(base + parameters.sq_off.ring_mask);
+  ring->cq_head = (unsigned *)(base + parameters.cq_off.head);
+  ring->cq_tail = (unsigned *)(base + parameters.cq_off.tail);
+  ring->cq_mask = *(unsigned *)(base + parameters.cq_off.ring_mask);
+  ring->cq_entries = base + parameters.cq_off.cqes;
+  return 0;
+}
+
+void clinux_uring_close(struct clinux_uring *ring) {
+  if (ring->rings && ring->rings != MAP_FAILED) munmap(ring->rings, ring->rings_size);
+  if (ring->submissions && ring->submissions != MAP_FAILED) munmap(ring->submissions, ring->submissions_size);
+  if (ring->file > 0) close(ring->file);
+  memset(ring, 0, sizeof *ring);
+}
+
+int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
+                       const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token) {
+  unsigned tail = *ring->sq_tail;
+  if (tail - __atomic_load_n(ring->sq_head, __ATOMIC_ACQUIRE) >= ring->entries) return 0;
+  unsigned index = tail & ring->sq_mask;
+  struct io_uring_sqe *entry = (struct io_uring_sqe *)ring->submissions + index;
+  memset(entry, 0, sizeof *entry);
+  entry->fd = file;
+  entry->user_data = token;
+  switch (operation) {
+  case CLINUX_URING_READ:
+  case CLINUX_URING_WRITE:
+    entry->opcode = operation == CLINUX_URING_READ ? IORING_OP_READV : IORING_OP_WRITEV;
+    entry->addr = (uint64_t)(uintptr_t)vectors;
+    entry->len = count;
+    entry->off = offset;
+    break;
+  case CLINUX_URING_SYNC_DATA:
+    entry->opcode = IORING_OP_FSYNC;
+    entry->fsync_flags = IORING_FSYNC_DATASYNC;
+    break;
+  }
+  ring->sq_array[index] = index;
+  __atomic_store_n(ring->sq_tail, tail + 1, __ATOMIC_RELEASE);
+  ring->queued++;
+  return 1;
+}
+
+int clinux_uring_submit(struct clinux_uring *ring, unsigned wait_for) {
+  int submitted = (int)syscall(SYS_io_uring_enter, ring->file, ring->queued, wait_for,
+                               wait_for ? IORING_ENTER_GETEVENTS : 0, 0, 0);
+  if (submitted < 0) return -1;
+  ring->queued -= (unsigned)submitted;
+  return submitted;
+}
+
+int clinux_uring_reap(struct clinux_uring *ring, uint64_t *token, int32_t *result) {
+  unsigned head = *ring->cq_head;
+  if (head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) return 0;
+  const struct io_uring_cqe *entry = (const struct io_uring_cqe *)ring->cq_entries + (head & ring->cq_mask);
+  *token = entry->user_data;
+  *result = entry->res;
+  __atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
+  return 1;
+}
