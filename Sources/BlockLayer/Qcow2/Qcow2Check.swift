@@ -300,8 +300,9 @@ extension Qcow2Image {
   private func rebuildRefcounts(_ references: ReferenceMap) throws(BlockError) {
     var used = ReferenceMap()
     let perBlock = header.refcountBlockEntries
-    let oldBlocks = Set(refcounts.table.map { $0 >> clusterBits })
-    let oldTable = (refcounts.tableOffset >> clusterBits)..<((refcounts.tableOffset >> clusterBits) + UInt64(refcounts.table.count) * 8 / clusterSize)
+    let oldBlocks = Set(refcounts.table.filter { $0 != 0 }.map { $0 >> clusterBits })
+    let tableStart = refcounts.tableOffset >> clusterBits
+    let oldTable = tableStart..<(tableStart + UInt64(refcounts.table.count) * 8 / clusterSize)
     var overflow = false
     references.forEach { cluster, count in
       let own: UInt64 = (oldBlocks.contains(cluster) ? 1 : 0) + (oldTable.contains(cluster) ? 1 : 0)
