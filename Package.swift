@@ -43,6 +43,7 @@ let fuzzers: [Target] =
     fuzzer("FuzzCPU", ["RandomCode"]),
     fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
+    fuzzer("FuzzQcow2", ["BlockLayer"]),
   ]
 
 let package = Package(

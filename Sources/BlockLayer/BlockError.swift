@@ -121,7 +121,7 @@ public enum Unsupported: Equatable, Sendable, CustomStringConvertible {
         + (names.isEmpty ? "bits 0x\(String(bits, radix: 16))" : names.joined(separator: ", "))
     case .encryption: "it is encrypted; decrypt it with qemu-img convert"
     case .externalData: "it has an external data file; join them with qemu-img convert"
-    case .extendedL2: "it has extended L2 entries, which are read and not written yet"
+    case .extendedL2: "it has extended L2 entries; convert it with qemu-img convert"
     case .dirty: "it was not closed and its refcounts may be wrong; run swiftvmm disk check --repair all"
     case .corrupt: "it is marked as corrupt; run swiftvmm disk check --repair all"
     case .format(let name): "the format \(name) is not known; raw and qcow2 are"

@@ -44,7 +44,8 @@ struct QemuTests {
     let scratch = Scratch()
     let path = scratch("theirs.qcow2")
     let made = try host(
-      "qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=\(clusterSize),compression_type=\(compression)", path, "8M")
+      "qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=\(clusterSize),compression_type=\(compression)", path,
+      "8M")
     #expect(made.status == 0, "\(made.output)")
     let written = try host(
       "qemu-io", "-c", "write -P 0x11 0 64k", "-c", "write -P 0x22 1000k 100k", "-c", "write -c -P 0x33 2M 2M",
@@ -52,7 +53,9 @@ struct QemuTests {
     #expect(written.status == 0, "\(written.output)")
     let queue = try makeIOQueue()
     let chain = try BlockChain(path: path, queue: queue)
-    func expect(_ value: UInt8, _ offset: UInt64, _ length: Int, sourceLocation: SourceLocation = #_sourceLocation) throws {
+    func expect(_ value: UInt8, _ offset: UInt64, _ length: Int, sourceLocation: SourceLocation = #_sourceLocation)
+      throws
+    {
       let bytes = try chain.top.contents(at: offset, length, on: queue)
       #expect(bytes.allSatisfy { $0 == value }, sourceLocation: sourceLocation)
     }

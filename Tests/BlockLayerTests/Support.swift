@@ -129,7 +129,9 @@ final class RecordingFile: BlockFile {
     if fails { throw .io(call: "read", path: path, errno: EIO) }
     guard let base = target.baseAddress else { return }
     let available = offset < length ? min(target.count, Int(length - offset)) : 0
-    if available > 0 { bytes.withUnsafeBytes { source in _ = memcpy(base, source.baseAddress! + Int(offset), available) } }
+    if available > 0 {
+      bytes.withUnsafeBytes { source in _ = memcpy(base, source.baseAddress! + Int(offset), available) }
+    }
     memset(base + available, 0, target.count - available)
   }
 

@@ -6,13 +6,17 @@ public struct Qcow2CheckReport: Equatable, Sendable {
   public var leaks = 0
   /// Things that could not be looked at.
   public var checkErrors = 0
-  /// What a repair put right.
+  /// Corruptions that a repair put right.
   public var corruptionsFixed = 0
+  /// Leaks that a repair gave back.
   public var leaksFixed = 0
-  /// Clusters of the disk that are allocated, compressed, or not behind the one before.
+  /// Clusters of the disk that are allocated.
   public var allocatedClusters: UInt64 = 0
+  /// Those that are compressed.
   public var compressedClusters: UInt64 = 0
+  /// Those that do not lie behind the one before.
   public var fragmentedClusters: UInt64 = 0
+  /// Clusters that the disk has.
   public var totalClusters: UInt64 = 0
   /// The end of the last cluster in use, in bytes.
   public var imageEnd: UInt64 = 0
@@ -285,6 +289,7 @@ extension Qcow2Image {
   }
 
   private func dropLeaks(_ references: ReferenceMap) throws(BlockError) {
+    try setDirty()
     let perBlock = header.refcountBlockEntries
     for (block, entry) in refcounts.table.enumerated() where entry != 0 {
       for cluster in (UInt64(block) * perBlock)..<(UInt64(block + 1) * perBlock)
@@ -292,6 +297,8 @@ extension Qcow2Image {
         try refcounts.set(cluster, references[cluster])
       }
     }
+    // A cluster with one reference left may be changed in place again.
+    try refreshCopiedFlags()
     try writeBackNow(withRefcounts: true)
   }
 

@@ -12,8 +12,9 @@ public struct Qcow2CreateOptions: Sendable {
   public var lazyRefcounts = false
   /// How clusters are compressed.
   public var compression = CompressionType.zlib
-  /// The backing file's name as it is stored, and its format.
+  /// The backing file's name as it is stored.
   public var backingName: String?
+  /// The backing file's format.
   public var backingFormat: String?
 
   /// A disk of `size` bytes with the usual values.
@@ -94,7 +95,7 @@ extension Qcow2Image {
     try file.writeArray(at: header.refcountTableOffset, table)
   }
 
-  /// Changes the disk's size. Bytes that are added read as zeros once `zeroFrom` of them is done: see `resize` of jobs.
+  /// Changes the disk's size. Over a backing file that is longer than the disk was, the caller writes zeroes to what is added.
   public func setSize(_ newSize: UInt64) throws(BlockError) {
     try requireWritable()
     let newSize = newSize.roundedUp(to: 512)

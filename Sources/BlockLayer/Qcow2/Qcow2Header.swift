@@ -229,25 +229,14 @@ extension Qcow2Header {
   /// The first cluster's bytes, or as many of them as are used.
   func serialized() throws(BlockError) -> [UInt8] {
     var bytes: [UInt8] = []
+    let extensions = extensions.filter { $0.type != Extension.featureNames }
     var names = extensions
-    names.removeAll { $0.type == Extension.featureNames }
     if version == 3 { names.append(Extension(type: Extension.featureNames, data: Self.ownFeatureNames)) }
     let headerLength = version == 2 ? 72 : 112 + furtherFields.count
-    var tail: [UInt8] = []
-    for item in names {
-      tail.appendBigEndian(item.type)
-      tail.appendBigEndian(UInt32(item.data.count))
-      tail += item.data
-      tail += [UInt8](repeating: 0, count: (8 - item.data.count % 8) % 8)
-    }
-    tail.appendBigEndian(UInt64(0))
+    var tail = Self.bytes(of: names)
     let name = Array((backingName ?? "").utf8)
     // Images with small clusters have no room for names of features.
-    if headerLength + tail.count + name.count > Int(clusterSize), version == 3 {
-      var smaller = self
-      smaller.version = 3
-      tail = smaller.extensionBytes()
-    }
+    if headerLength + tail.count + name.count > Int(clusterSize) { tail = Self.bytes(of: extensions) }
     guard headerLength + tail.count + name.count <= Int(clusterSize) else {
       throw .invalid(
         what: "backing file name", value: backingName ?? "",
@@ -278,9 +267,9 @@ extension Qcow2Header {
     return bytes + tail + name
   }
 
-  private func extensionBytes() -> [UInt8] {
+  private static func bytes(of extensions: [Extension]) -> [UInt8] {
     var bytes: [UInt8] = []
-    for item in extensions where item.type != Extension.featureNames {
+    for item in extensions {
       bytes.appendBigEndian(item.type)
       bytes.appendBigEndian(UInt32(item.data.count))
       bytes += item.data

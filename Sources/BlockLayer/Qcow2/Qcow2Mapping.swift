@@ -77,7 +77,9 @@ extension Qcow2Image {
     var next = index + 8
     while next < l2Cache.unit, covered < within + length {
       let expected: Qcow2Mapping =
-        if case .data(let host, let inPlace) = mapping { .data(host: host + covered, inPlace: inPlace) } else { mapping }
+        if case .data(let host, let inPlace) = mapping { .data(host: host + covered, inPlace: inPlace) } else {
+          mapping
+        }
       guard try interpret(table.bigEndian64(next), at: first) == expected else { break }
       covered += clusterSize
       next += 8

@@ -297,7 +297,9 @@ final class Qcow2Refcounts {
     protect(home << clusterBits, (blocks + tableClusters) << clusterBits)
     for cluster in home..<(home + blocks + tableClusters) { try set(cluster, 1) }
     untouched = max(untouched, home + blocks + tableClusters)
-    for copy in cache.takeDirtyCopies() { try file.write(at: copy.offset, from: UnsafeRawBufferPointer(copy.buffer.bytes)) }
+    for copy in cache.takeDirtyCopies() {
+      try file.write(at: copy.offset, from: UnsafeRawBufferPointer(copy.buffer.bytes))
+    }
     try file.flush()
     try owner?.adoptRefcountTable(offset: newOffset, clusters: UInt32(tableClusters))
     unprotect(oldOffset, oldCount << clusterBits)

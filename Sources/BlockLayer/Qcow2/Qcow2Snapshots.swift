@@ -4,8 +4,9 @@ public struct Qcow2Snapshot: Equatable, Sendable {
   public var id: String
   /// The name.
   public var name: String
-  /// Seconds and nanoseconds since 1970.
+  /// Seconds since 1970.
   public var seconds: UInt32
+  /// Nanoseconds beyond them.
   public var nanoseconds: UInt32
   /// Nanoseconds that the guest had run.
   public var guestClock: UInt64

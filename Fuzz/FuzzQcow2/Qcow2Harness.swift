@@ -1,0 +1,40 @@
+import BlockLayer
+import Foundation
+
+/// One input is an image: it is checked, and then used as a disk.
+enum Qcow2Harness {
+  static func run(_ input: UnsafeBufferPointer<UInt8>) {
+    let bytes = Array(input)
+    var options = Qcow2Image.Options()
+    options.forCheck = true
+    if let image = try? Qcow2Image(MemoryFile(bytes, isReadOnly: true), options: options) { _ = try? image.check() }
+    guard let image = try? Qcow2Image(MemoryFile(bytes, isReadOnly: false)) else { return }
+    let queue = NoQueue()
+    let buffer = DiskBuffer(count: 65536, zeroed: true)
+    let length = Int(min(image.size, 65536))
+    let memory = UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[..<length])
+    try? image.perform(.read, memory: memory, on: queue)
+    try? image.perform(.write, memory: memory, on: queue)
+    try? image.perform(.writeZeroes, length: UInt64(length), on: queue)
+    for snapshot in image.snapshots.prefix(2) { try? image.applySnapshot(snapshot.id) }
+    try? image.close()
+  }
+
+  static func writeSeeds(to directory: String) throws {
+    try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true)
+    for (index, bits) in [1, 16, 64].enumerated() {
+      var options = Qcow2CreateOptions(size: 128 << 10)
+      options.clusterSize = 512
+      options.refcountBits = UInt64(bits)
+      let file = MemoryFile([], isReadOnly: false)
+      try Qcow2Image.create(options, in: file)
+      let image = try Qcow2Image(file)
+      let buffer = DiskBuffer(count: 4096, zeroed: true)
+      try image.perform(.write, at: 1024, memory: buffer.bytes, on: NoQueue())
+      if bits > 1 { try image.createSnapshot("s", seconds: 0, nanoseconds: 0) }
+      try image.addBitmap("b", granularity: 512)
+      try image.close()
+      try Data(file.bytes).write(to: URL(fileURLWithPath: "\(directory)/refcounts\(index)"))
+    }
+  }
+}
