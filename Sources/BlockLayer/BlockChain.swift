@@ -35,10 +35,10 @@ public final class BlockChain {
 
   /// Opens an image and, where `backing`, every image below it, those for reading.
   ///
-  /// A format that is not given is taken from the bytes.
+  /// A format that is not given is taken from the bytes. A commit writes to the layer `writableDepth` too.
   public init(
     path: String, format: ImageFormat? = nil, access: FileAccess = FileAccess(), backing: Bool = true,
-    options: Qcow2Image.Options = Qcow2Image.Options(), queue: any IOQueue
+    writableDepth: Int? = nil, options: Qcow2Image.Options = Qcow2Image.Options(), queue: any IOQueue
   ) throws(BlockError) {
     self.queue = queue
     var layers: [Layer] = []
@@ -50,7 +50,7 @@ public final class BlockChain {
           throw .chainTooDeep(path: layers[0].path, limit: Self.maximumDepth)
         }
         var layerAccess = access
-        layerAccess.writable = access.writable && layers.isEmpty
+        layerAccess.writable = access.writable && (layers.isEmpty || layers.count == writableDepth)
         let layer = try Self.open(path, format, layerAccess, options, queue)
         guard seen.insert(layer.file.identity).inserted else { throw .chainLoop(path: path) }
         layers.last?.qcow2?.backing = layer.node

@@ -1,4 +1,5 @@
 import Accelerator
+import BlockLayer
 import Boot
 import Glibc
 import GuestMemory
@@ -33,16 +34,37 @@ enum Failure: Error {
   case host(HostError)
   case control(String)
   case accelerator(AcceleratorError)
+  case disk(BlockError)
+  case diskNeedsSize(path: String)
+  case diskNeedsBackingFormat(name: String)
+  case diskShrinks(path: String, from: UInt64, to: UInt64)
+  case diskHasNoBacking(path: String)
+  case diskIsNotBacking(base: String, of: String)
+  case diskIsNotQcow2(path: String, operation: String)
+  case diskMapNeedsJSON(path: String, offset: UInt64)
 
   var status: ExitStatus {
     switch self {
     case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
+    case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
+    case .diskHasNoBacking, .diskIsNotQcow2: .badInput
+    case .disk(let error): Self.status(error)
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .output, .host, .control: .inputOutput
     case .accelerator(let error): Self.status(error)
     case .machine(let error): Self.status(error)
+    }
+  }
+
+  private static func status(_ error: BlockError) -> ExitStatus {
+    switch error {
+    case .malformed, .unsupported, .damaged, .backing, .chainTooDeep, .chainLoop, .unknown, .exists: .badInput
+    case .io(let call, _, _): call == "open" ? .badInput : .inputOutput
+    case .invalid, .outOfRange: .usage
+    case .locked, .readOnly: .inputOutput
+    case .queue: .unavailable
     }
   }
 
@@ -90,6 +112,18 @@ enum Failure: Error {
     case .host(let error): "\(error)"
     case .control(let text): text
     case .accelerator(let error): "\(error)"
+    case .disk(let error): "\(error)"
+    case .diskNeedsSize(let path): "the size of \(path) is missing: give one such as 10G, or a backing file with -b"
+    case .diskNeedsBackingFormat(let name):
+      "the format of the backing file \(name) is missing: give it with -F, for whoever can write a raw disk could fake one"
+    case .diskShrinks(let path, let from, let to):
+      "\(path) would shrink from \(from) to \(to) bytes and lose what is behind: say --shrink if that is meant"
+    case .diskHasNoBacking(let path): "\(path) has no backing file to commit to"
+    case .diskIsNotBacking(let base, let path):
+      "\(base) is not in the backing chain of \(path): see disk info --backing-chain"
+    case .diskIsNotQcow2(let path, let operation): "\(path) is not qcow2, and \(operation) needs that"
+    case .diskMapNeedsJSON(let path, let offset):
+      "\(path) has compressed clusters (at \(offset)), which have no plain place in the file: use --json"
     }
   }
 

@@ -1,4 +1,5 @@
 import ArgumentParser
+import BlockLayer
 import Glibc
 
 /// The command line: one file a subcommand.
@@ -11,7 +12,7 @@ struct SwiftVMM: ParsableCommand {
     version: Version.text,
     subcommands: [
       RunCommand.self, GuestsCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self, PauseCommand.self,
-      ResumeCommand.self, StopCommand.self, BenchCommand.self,
+      ResumeCommand.self, StopCommand.self, DiskCommand.self, BenchCommand.self,
     ])
 
   static func main() {
@@ -21,6 +22,9 @@ struct SwiftVMM: ParsableCommand {
     } catch let failure as Failure {
       failure.report()
       Glibc.exit(failure.status.rawValue)
+    } catch let error as BlockError {
+      Failure.disk(error).report()
+      Glibc.exit(Failure.disk(error).status.rawValue)
     } catch {
       exit(withError: error)
     }

@@ -241,6 +241,13 @@ public final class HostFile: BlockFile {
     return fstat(file.rawValue, &status) == 0 ? UInt64(status.st_blocks) * 512 : 0
   }
 
+  /// Has the host set aside storage for the whole file: posix_fallocate(3).
+  public func allocateStorage() throws(BlockError) {
+    guard length > 0 else { return }
+    let code = posix_fallocate(file.rawValue, 0, off_t(length))
+    guard code == 0 else { throw .io(call: "allocate storage for", path: path, errno: code) }
+  }
+
   /// Nothing to do but to give up the locks, which end with the descriptor.
   public func close() {
     guard !isClosed else { return }

@@ -128,6 +128,25 @@ extension Qcow2Image {
     }
   }
 
+  /// Gives every cluster of an empty disk its place in the file, so that no later write has to look for one.
+  public func preallocate() throws(BlockError) {
+    try requireWritable()
+    var offset: UInt64 = 0
+    var end = file.length
+    while offset < size {
+      let wanted = min(256, (size - offset).dividedUp(by: clusterSize))
+      let (host, count, _) = try refcounts.allocate(upTo: wanted)
+      for index in 0..<count {
+        let distance = index << clusterBits
+        try setL2Entry(for: offset + distance, (host + distance) | Qcow2Entry.copied)
+      }
+      offset += count << clusterBits
+      end = max(end, host + (count << clusterBits))
+    }
+    try writeBackNow(withRefcounts: true)
+    if file.length < end { try file.setLength(end) }
+  }
+
   /// Names another backing file; nil for none. What the disk reads changes with it: see `rebase`.
   public func setBacking(name: String?, format: String?) throws(BlockError) {
     try requireWritable()
@@ -144,8 +163,9 @@ extension Qcow2Image {
   /// allocated already. The bytes are a whole cluster.
   public func writeCompressed(at offset: UInt64, _ bytes: UnsafeRawBufferPointer) throws(BlockError) -> Bool {
     try requireWritable()
-    guard offset % clusterSize == 0, offset < size, UInt64(bytes.count) == clusterSize, allocations.isEmpty,
-      let type = CompressionType(rawValue: header.compressionType), let packed = type.compress(bytes)
+    guard offset % clusterSize == 0, offset < size, UInt64(bytes.count) == clusterSize,
+      allocations[offset >> clusterBits] == nil, let type = CompressionType(rawValue: header.compressionType),
+      let packed = type.compress(bytes)
     else { return false }
     if let error = prepareForChange(at: offset, length: min(clusterSize, size - offset)) { throw error }
     let (host, sectors) = try placeCompressed(UInt64(packed.count))

@@ -22,7 +22,8 @@ public final class Qcow2Image: BlockNode {
   var header: Qcow2Header
   let options: Options
   let clusterBits: UInt64
-  let clusterSize: UInt64
+  /// Bytes of a cluster.
+  public let clusterSize: UInt64
 
   // Tables.
   var l1: [UInt64]
@@ -102,6 +103,18 @@ public final class Qcow2Image: BlockNode {
   public var backingName: String? { header.backingName }
   /// The backing file's format as the image has it.
   public var backingFormat: String? { header.backingFormat }
+  /// The format's version, 2 or 3.
+  public var version: UInt32 { header.version }
+  /// Bits of a refcount.
+  public var refcountBits: Int { header.refcountBits }
+  /// Refcounts are put right after a crash instead of being kept right.
+  public var usesLazyRefcounts: Bool { header.usesLazyRefcounts }
+  /// How clusters are compressed.
+  public var compression: CompressionType { CompressionType(rawValue: header.compressionType) ?? .zlib }
+  /// The image says that its refcounts may be wrong.
+  public var isMarkedDirty: Bool { header.incompatible & Qcow2Header.Incompatible.dirty != 0 }
+  /// The image says that it is damaged.
+  public var isMarkedCorrupt: Bool { header.incompatible & Qcow2Header.Incompatible.corrupt != 0 }
 
   /// The header's first cluster, written in one go and made durable. What matters is in the first sector.
   func writeHeader() throws(BlockError) {

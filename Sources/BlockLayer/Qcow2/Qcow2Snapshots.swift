@@ -157,6 +157,30 @@ extension Qcow2Image {
     try endStructuralChange()
   }
 
+  /// Reads the disk as it was when the snapshot was taken, from an image that is open for reading.
+  public func readSnapshot(_ name: String) throws(BlockError) {
+    guard file.isReadOnly else { throw .unsupported(path: file.path, .operation("reading a snapshot while writing")) }
+    let snapshot = try snapshot(name)
+    let saved = try Self.readTable(file, at: snapshot.l1Offset, entries: UInt64(snapshot.l1Entries))
+    try checkL1(saved)
+    header.size = snapshot.diskSize ?? size
+    l1 = saved
+  }
+
+  /// Gives up everything that the layer itself holds, after it has been committed: its backing file shows through.
+  public func makeEmpty() throws(BlockError) {
+    try requireWritable()
+    try checkL1(l1)
+    try beginStructuralChange()
+    let old = l1
+    for index in l1.indices where l1[index] != 0 {
+      l1[index] = 0
+      dirtyL1.mark(entry: index)
+    }
+    try changeReferences(of: old, by: .fewer)
+    try endStructuralChange()
+  }
+
   func requireWritable() throws(BlockError) {
     if let damage { throw .damaged(path: file.path, damage) }
     guard !file.isReadOnly else { throw .readOnly(path: file.path) }
