@@ -179,7 +179,6 @@ struct Qcow2Checker {
 
   /// What the disk is made of now, and whether its flags agree with the refcounts.
   private mutating func countActive() throws(BlockError) {
-    var expected: UInt64 = 0
     // A table that a hostile L1 names many times is gone through once.
     var seen: Set<UInt64> = []
     for entry in image.l1 {
@@ -188,6 +187,8 @@ struct Qcow2Checker {
         continue
       }
       try checkFlag(entry, table >> image.clusterBits, "L1")
+      // As qemu-img has it: table by table.
+      var expected: UInt64 = 0
       for index in 0..<Int(image.header.l2Entries) {
         let entry = try image.l2Value(table, index)
         guard entry & (Qcow2Entry.offsetMask | Qcow2Entry.compressed) != 0 else { continue }

@@ -1,7 +1,8 @@
 /// What the L2 tables say about a stretch of the disk.
 enum Qcow2Mapping: Equatable {
   case unallocated
-  case zero
+  /// Zeros, with a cluster set aside for what is written later; 0 where there is none.
+  case zero(host: UInt64)
   /// Bytes at a host offset; in place means that nothing else refers to the cluster.
   case data(host: UInt64, inPlace: Bool)
   case compressed(entry: UInt64)
@@ -54,7 +55,7 @@ extension Qcow2Image {
 
   func interpret(_ entry: UInt64, at offset: UInt64) throws(BlockError) -> Qcow2Mapping {
     if entry & Qcow2Entry.compressed != 0 { return .compressed(entry: entry) }
-    if entry & Qcow2Entry.zero != 0, header.version >= 3 { return .zero }
+    if entry & Qcow2Entry.zero != 0, header.version >= 3 { return .zero(host: entry & Qcow2Entry.offsetMask) }
     let host = entry & Qcow2Entry.offsetMask
     guard entry & Qcow2Entry.l2Reserved == 0, host % clusterSize == 0 else {
       throw noteDamage(.reservedBits(what: "L2 entry", value: entry))
@@ -76,15 +77,11 @@ extension Qcow2Image {
     var covered = clusterSize
     var next = index + 8
     while next < l2Cache.unit, covered < within + length {
-      let expected: Qcow2Mapping =
-        if case .data(let host, let inPlace) = mapping { .data(host: host + covered, inPlace: inPlace) } else {
-          mapping
-        }
-      guard try interpret(table.bigEndian64(next), at: first) == expected else { break }
+      guard try interpret(table.bigEndian64(next), at: first) == mapping.advanced(by: covered) else { break }
       covered += clusterSize
       next += 8
     }
-    if case .data(let host, let inPlace) = mapping { mapping = .data(host: host + within, inPlace: inPlace) }
+    mapping = mapping.advanced(by: within)
     return (mapping, min(length, covered - within))
   }
 
@@ -168,11 +165,7 @@ extension Qcow2Image {
     // Runs end where a piece of a table ends; the next may go on.
     while covered < wanted {
       let (next, more) = try map(offset + covered, wanted - covered)
-      if case .data(let host, let inPlace) = mapping {
-        guard next == .data(host: host + covered, inPlace: inPlace) else { break }
-      } else if next != mapping || next.isCompressed {
-        break
-      }
+      guard next == mapping.advanced(by: covered), !next.isCompressed else { break }
       covered += more
     }
     var extent = BlockExtent(offset: offset, length: covered, isAllocated: true, isData: true, isZero: false)
@@ -181,9 +174,10 @@ extension Qcow2Image {
       extent.isAllocated = false
       extent.isData = false
       extent.isZero = backing == nil
-    case .zero:
+    case .zero(let host):
       extent.isData = false
       extent.isZero = true
+      if host != 0 { extent.hostOffset = host }
     case .data(let host, _): extent.hostOffset = host
     case .compressed: extent.isCompressed = true
     }
@@ -192,5 +186,14 @@ extension Qcow2Image {
 }
 
 extension Qcow2Mapping {
+  /// The same state, so many bytes on.
+  func advanced(by distance: UInt64) -> Qcow2Mapping {
+    switch self {
+    case .data(let host, let inPlace): .data(host: host + distance, inPlace: inPlace)
+    case .zero(let host) where host != 0: .zero(host: host + distance)
+    default: self
+    }
+  }
+
   var isCompressed: Bool { if case .compressed = self { true } else { false } }
 }

@@ -1,0 +1,184 @@
+import BlockLayer
+import Foundation
+import Testing
+
+/// Jobs on chains, with qemu-img as the judge.
+@Suite(.enabled(if: hasQemuImg, "qemu-utils is not installed"))
+struct JobTests {
+  static let size: UInt64 = 6 << 20
+
+  /// Layers with data and zeros at random places, the bottom one first; the last is the disk.
+  private func makeChain(_ scratch: Scratch, depth: Int, clusterSize: UInt64, seed: UInt64) throws -> [String] {
+    let queue = try makeIOQueue()
+    var generator = SeededGenerator(seed)
+    var paths: [String] = []
+    for layer in 0..<depth {
+      let path = scratch("layer\(layer)")
+      // Layers of several lengths: what lies past the end of one reads as zeros.
+      var options = Qcow2CreateOptions(size: Self.size - UInt64(layer % 3) * 300 * 512)
+      options.clusterSize = clusterSize
+      if layer > 0 {
+        options.backingName = "layer\(layer - 1)"
+        options.backingFormat = "qcow2"
+      }
+      try create(path, options, queue)
+      let chain = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
+      for index in 0..<6 {
+        let offset = UInt64.random(in: 0..<10_000, using: &generator) * 512
+        let length = UInt64.random(in: 1..<400, using: &generator) * 512
+        if index % 3 == 2 {
+          try chain.top.perform(.writeZeroes, at: offset, length: length, mayUnmap: true, on: queue)
+        } else {
+          try chain.top.fill(UInt8.random(in: 1...255, using: &generator), at: offset, Int(length), on: queue)
+        }
+      }
+      try chain.close()
+      paths.append(path)
+    }
+    return paths
+  }
+
+  private func create(_ path: String, _ options: Qcow2CreateOptions, _ queue: any IOQueue) throws {
+    try HostFile.create(path)
+    let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+    defer { file.close() }
+    try Qcow2Image.create(options, in: file)
+  }
+
+  private func expectSame(_ path: String, as raw: String, _ sourceLocation: SourceLocation = #_sourceLocation) throws {
+    let check = try host("qemu-img", "check", path)
+    #expect(check.status == 0, "\(check.output)", sourceLocation: sourceLocation)
+    let compare = try host("qemu-img", "compare", "-F", "raw", path, raw)
+    #expect(compare.status == 0, "\(compare.output)", sourceLocation: sourceLocation)
+  }
+
+  @Test(arguments: [UInt64(512), 4096, 65536, 2 << 20], [false, true])
+  func copiesAreComplete(clusterSize: UInt64, compresses: Bool) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 5, clusterSize: 4096, seed: clusterSize)
+    #expect(try host("qemu-img", "convert", "-O", "raw", layers[4], scratch("raw")).status == 0)
+    let source = try BlockChain(path: layers[4], queue: queue)
+    var options = Qcow2CreateOptions(size: source.top.size)
+    options.clusterSize = clusterSize
+    try create(scratch("copy"), options, queue)
+    let target = try BlockChain(path: scratch("copy"), access: FileAccess(writable: true), queue: queue)
+    var copy = CopyJob.Options()
+    copy.targetReadsZero = true
+    copy.compresses = compresses
+    let job = CopyJob(from: source.top, to: target.top, copy)
+    try job.run(on: queue)
+    #expect(job.done == source.top.size && job.isFinished)
+    try target.close()
+    try expectSame(scratch("copy"), as: scratch("raw"))
+    // Into a disk that is full of something else, zeros are written too.
+    try create(scratch("used"), options, queue)
+    let used = try BlockChain(path: scratch("used"), access: FileAccess(writable: true), queue: queue)
+    try used.top.fill(0x77, at: 0, Int(used.top.size), on: queue)
+    try CopyJob(from: source.top, to: used.top).run(on: queue)
+    try used.close()
+    try expectSame(scratch("used"), as: scratch("raw"))
+    try source.close()
+  }
+
+  @Test(arguments: [1, 2, 4])
+  func commitsReachTheirBase(layersAbove: Int) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 6, clusterSize: 4096, seed: UInt64(layersAbove))
+    #expect(try host("qemu-img", "convert", "-O", "raw", layers[5], scratch("raw")).status == 0)
+    let chain = try BlockChain(
+      path: layers[5], access: FileAccess(writable: true), writableDepth: layersAbove, queue: queue)
+    let base = chain.layers[layersAbove].node
+    if base.size < chain.top.size { try base.resize(to: chain.top.size, on: queue) }
+    var options = CopyJob.Options()
+    options.layers = layersAbove
+    try CopyJob(from: chain.top, to: base, options).run(on: queue)
+    if layersAbove == 1 { try #require(chain.layers[0].qcow2).makeEmpty() }
+    try chain.close()
+    let compare = try host("qemu-img", "compare", "-F", "raw", layers[5 - layersAbove], scratch("raw"))
+    #expect(compare.status == 0, "\(compare.output)")
+    try expectSame(layers[5], as: scratch("raw"))
+  }
+
+  @Test(arguments: [nil, 0, 2])
+  func rebasesKeepTheContents(newBase: Int?) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 5, clusterSize: 65536, seed: 77)
+    #expect(try host("qemu-img", "convert", "-O", "raw", layers[4], scratch("raw")).status == 0)
+    let chain = try BlockChain(path: layers[4], access: FileAccess(writable: true), queue: queue)
+    let image = try #require(chain.layers[0].qcow2)
+    let new = try newBase.map { try BlockChain(path: layers[$0], queue: queue) }
+    try RebaseJob(image, to: new?.top).run(on: queue)
+    try image.setBacking(name: newBase.map { "layer\($0)" }, format: newBase == nil ? nil : "qcow2")
+    try new?.close()
+    try chain.close()
+    try expectSame(layers[4], as: scratch("raw"))
+    let again = try BlockChain(path: layers[4], queue: queue)
+    #expect(again.layers.count == 1 + (newBase.map { $0 + 1 } ?? 0))
+    try again.close()
+  }
+
+  @Test func differencesAreFoundWhereTheyAre() throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 3, clusterSize: 4096, seed: 5)
+    #expect(try host("qemu-img", "convert", "-O", "raw", layers[2], scratch("raw")).status == 0)
+    let disk = try BlockChain(path: layers[2], queue: queue)
+    let copy = try BlockChain(path: scratch("raw"), access: FileAccess(writable: true), queue: queue)
+    let same = CompareJob(disk.top, copy.top)
+    try same.run(on: queue)
+    #expect(same.firstDifference == nil)
+    let place: UInt64 = 3_000_320
+    let byte = try disk.top.contents(at: place, 512, on: queue)[7]
+    try copy.top.fill(byte &+ 1, at: place + 7, 1, on: queue)
+    let differing = CompareJob(disk.top, copy.top)
+    try differing.run(on: queue)
+    #expect(differing.firstDifference == place + 7)
+    try disk.close()
+    try copy.close()
+  }
+
+  /// A job that is cancelled ends once what is under way has ended, and one that fails says why.
+  @Test func jobsEndWhenTheyAreCancelled() throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    try HostFile.create(scratch("from"), length: 64 << 20)
+    try HostFile.create(scratch("to"), length: 64 << 20)
+    let source = try BlockChain(path: scratch("from"), format: .raw, queue: queue)
+    let target = try BlockChain(
+      path: scratch("to"), format: .raw, access: FileAccess(writable: true), queue: queue)
+    var options = CopyJob.Options()
+    options.sparse = 0
+    let job = CopyJob(from: source.top, to: target.top, options)
+    job.parallel = 2
+    var ends = 0
+    job.onEnd = { ends += 1 }
+    job.pump()
+    #expect(!job.isFinished && job.done == 0)
+    job.cancel()
+    queue.run { job.isFinished }
+    #expect(job.isFinished && ends == 1 && job.done < job.total)
+    let refused = CopyJob(from: target.top, to: source.top, options)
+    #expect(throws: BlockError.readOnly(path: scratch("from"))) { try refused.run(on: queue) }
+    try source.close()
+    try target.close()
+  }
+
+  @Test(arguments: [UInt64(512), 65536])
+  func resizedDisksReadZerosWhereTheyGrew(clusterSize: UInt64) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 2, clusterSize: clusterSize, seed: 3)
+    let chain = try BlockChain(path: layers[1], access: FileAccess(writable: true), queue: queue)
+    try chain.top.fill(9, at: 0, 2 << 20, on: queue)
+    try chain.top.resize(to: 1_000_448, on: queue)
+    try chain.top.resize(to: 4 << 20, on: queue)
+    #expect(try chain.top.contents(at: 0, 1_000_448, on: queue).allSatisfy { $0 == 9 })
+    #expect(try chain.top.contents(at: 1_000_448, (4 << 20) - 1_000_448, on: queue).allSatisfy { $0 == 0 })
+    try chain.close()
+    let check = try host("qemu-img", "check", layers[1])
+    #expect(check.status == 0, "\(check.output)")
+  }
+}
