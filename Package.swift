@@ -102,7 +102,8 @@ let package = Package(
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON",
+        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
+        "JSON",
         "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
