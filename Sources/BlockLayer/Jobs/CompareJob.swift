@@ -28,13 +28,26 @@ public class CompareJob: BlockJob {
     try compare(at: position, length: total - position)
   }
 
-  /// A stretch whose state does not change on either side.
+  /// A stretch that is known to be the same, or one of data up to where the next such begins.
   fileprivate func compare(at position: UInt64, length: UInt64) throws(BlockError) -> UInt64 {
+    var (isSame, covered) = try foreknown(at: position, length: length)
+    if isSame { return covered }
+    let most = min(length, UInt64(Self.chunk))
+    while covered < most {
+      let next = try foreknown(at: position + covered, length: most - covered)
+      if next.isSame { break }
+      covered += next.length
+    }
+    return try readBoth(at: position, length: min(covered, most))
+  }
+
+  /// Whether metadata alone says that both hold the same.
+  private func foreknown(at position: UInt64, length: UInt64) throws(BlockError) -> (isSame: Bool, length: UInt64) {
     let one = try Self.state(left, at: position, length: length)
     let other = try Self.state(right, at: position, length: one.length)
-    if one.isZero, other.isZero { return other.length }
-    if let mine = one.layer, let theirs = other.layer, mine.isSameLayer(as: theirs) { return other.length }
-    return try readBoth(at: position, length: min(length, UInt64(Self.chunk)))
+    if one.isZero, other.isZero { return (true, other.length) }
+    guard let mine = one.layer, let theirs = other.layer else { return (false, other.length) }
+    return (mine.isSameLayer(as: theirs), other.length)
   }
 
   private static func state(
@@ -141,22 +154,32 @@ public final class RebaseJob: CompareJob {
   ) {
     let cluster = Int(min(overlay.clusterSize, UInt64(Self.chunk)))
     let parts = StretchWrite(then: then)
+    // Neighbours that hold data are written together.
+    var run = (start: 0, length: 0)
+    func writeRun() {
+      guard run.length > 0 else { return }
+      parts.write(
+        overlay, at: position + UInt64(run.start), length: UInt64(run.length), from: one.start + run.start)
+      run.length = 0
+    }
     var offset = 0
     while offset < Int(length) {
       // Up to the end of the cluster, wherever the stretch begins.
       let toEnd = cluster - (Int(position % UInt64(cluster)) + offset) % cluster
       let count = min(toEnd, Int(length) - offset)
       let bytes = one.start + offset
-      if memcmp(bytes, other.start + offset, count) != 0 {
-        let place = position + UInt64(offset)
-        if Zeros.fill(bytes, count) {
-          parts.writeZeroes(overlay, at: place, length: UInt64(count))
-        } else {
-          parts.write(overlay, at: place, length: UInt64(count), from: bytes)
-        }
+      if memcmp(bytes, other.start + offset, count) == 0 {
+        writeRun()
+      } else if Zeros.fill(bytes, count) {
+        writeRun()
+        parts.writeZeroes(overlay, at: position + UInt64(offset), length: UInt64(count))
+      } else {
+        if run.length == 0 { run.start = offset }
+        run.length += count
       }
       offset += count
     }
+    writeRun()
     parts.commit()
   }
 }

@@ -7,7 +7,7 @@ struct BenchCommand: ParsableCommand {
     abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
     discussion: "Example: swiftvmm bench start exits --json")
 
-  @Argument(help: "start, exits, cpu, linux-boot; all of them without a name.")
+  @Argument(help: "start, exits, cpu, linux-boot, disk; all of them without a name.")
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -35,6 +35,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
+  case disk
 
   var title: String {
     switch self {
@@ -42,6 +43,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .exits: "exits: what leaving the guest costs"
     case .cpu: "cpu: million guest instructions a second; of copies by rep movsq, gigabytes"
     case .linuxBoot: "linux-boot: process start to userland, and to power-off"
+    case .disk: "disk: whole commands on images of 1 GiB of data, all allocated"
     }
   }
 
@@ -51,6 +53,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .exits: try ExitsBenchmark(runs: runs).measure()
     case .cpu: try CPUBenchmark(runs: runs).measure()
     case .linuxBoot: try LinuxBootBenchmark(runs: runs).measure()
+    case .disk: try DiskBenchmark(runs: runs).measure()
     }
   }
 }

@@ -1,0 +1,132 @@
+import BlockLayer
+import Glibc
+import Host
+
+/// Work on images as whole commands, ours and qemu-img's in turns, on the same files.
+struct DiskBenchmark {
+  let runs: Int
+  private static let mebibytes: UInt64 = 1024
+  private static let layers = 6
+
+  func measure() throws(Failure) -> BenchTable {
+    var table = BenchTable([
+      .init(name: "swiftvmm", unit: "ms", digits: 0), .init(name: "qemu-img", unit: "ms", digits: 0),
+    ])
+    let folder = try TemporaryDirectory()
+    do throws(BlockError) {
+      try makeImages(folder.path)
+    } catch {
+      throw .disk(error)
+    }
+    let (raw, chain, copy) = ("\(folder.path)/raw", "\(folder.path)/c5", "\(folder.path)/copy")
+    let overlay = "\(folder.path)/overlay"
+    try add(&table, "flatten 6 layers to raw", ["convert", "-q", "-O", "raw", chain, copy], removing: copy)
+    try add(&table, "flatten 6 layers to qcow2", ["convert", "-q", "-O", "qcow2", chain, copy], removing: copy)
+    try add(&table, "convert raw to qcow2", ["convert", "-q", "-O", "qcow2", raw, copy], removing: copy)
+    try add(&table, "map", ["map", "--output", "json", chain])
+    try add(&table, "compare with raw", ["compare", "-q", chain, raw])
+    try add(&table, "commit 32 MiB", ["commit", "-q", overlay], over: chain, overlay)
+    try add(&table, "safe rebase", ["rebase", "-b", "\(folder.path)/c4", "-F", "qcow2", overlay], over: chain, overlay)
+    return table
+  }
+
+  /// The same bytes in a raw file and, a mebibyte in turn, in the layers c0 to c5.
+  private func makeImages(_ folder: String) throws(BlockError) {
+    let queue = try makeIOQueue()
+    let buffer = DiskBuffer(count: 1 << 20)
+    var generator = SystemRandomNumberGenerator()
+    for index in 0..<(1 << 17) {
+      buffer.start.storeBytes(of: generator.next(), toByteOffset: index * 8, as: UInt64.self)
+    }
+    func write(_ chain: BlockChain, _ indices: StrideTo<UInt64>) throws(BlockError) {
+      for index in indices {
+        buffer.start.storeBytes(of: index, as: UInt64.self)
+        try chain.top.perform(.write, at: index << 20, memory: buffer.bytes, on: queue)
+      }
+      try chain.close()
+    }
+    let access = FileAccess(writable: true)
+    try HostFile.create("\(folder)/raw", length: Self.mebibytes << 20)
+    try write(
+      BlockChain(path: "\(folder)/raw", format: .raw, access: access, queue: queue),
+      stride(from: 0, to: Self.mebibytes, by: 1))
+    for layer in 0..<Self.layers {
+      try makeLayer("\(folder)/c\(layer)", over: layer == 0 ? nil : "c\(layer - 1)", queue)
+      try write(
+        BlockChain(path: "\(folder)/c\(layer)", access: access, queue: queue),
+        stride(from: UInt64(layer), to: Self.mebibytes, by: Self.layers))
+    }
+  }
+
+  private func makeLayer(_ path: String, over backing: String?, _ queue: any IOQueue) throws(BlockError) {
+    var options = Qcow2CreateOptions(size: Self.mebibytes << 20)
+    options.backingName = backing
+    options.backingFormat = backing == nil ? nil : "qcow2"
+    try HostFile.create(path)
+    let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+    defer { file.close() }
+    try Qcow2Image.create(options, in: file)
+  }
+
+  /// A layer with 32 MiB of its own over the chain.
+  private func makeOverlay(_ path: String, over chain: String) throws(Failure) {
+    do throws(BlockError) {
+      let queue = try makeIOQueue()
+      try makeLayer(path, over: chain, queue)
+      let overlay = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
+      let buffer = DiskBuffer(count: 1 << 20, zeroed: true)
+      memset(buffer.start, 9, 1 << 20)
+      for index in UInt64(100)..<132 {
+        try overlay.top.perform(.write, at: index << 20, memory: buffer.bytes, on: queue)
+      }
+      try overlay.close()
+    } catch {
+      throw .disk(error)
+    }
+  }
+
+  private func add(
+    _ table: inout BenchTable, _ name: String, _ arguments: [String], removing target: String? = nil,
+    over chain: String? = nil, _ overlay: String? = nil
+  ) throws(Failure) {
+    var figures: [[Double]] = [[], []]
+    var note = ""
+    for _ in 0..<min(runs, 5) {
+      for (index, program) in [["/proc/self/exe", "disk"], ["qemu-img"]].enumerated() where note.isEmpty || index == 0 {
+        if let chain, let overlay { try makeOverlay(overlay, over: chain) }
+        // Else one command would wait for what the one before has written.
+        sync()
+        let process = BenchProcess(name: program[0], command: program + arguments)
+        let child = try process.run { note = $0 }
+        if let child { figures[index].append(Double(child.wallNanoseconds) / 1e6) }
+        if let target { unlink(target) }
+      }
+    }
+    table.add(name, figures.map { $0.isEmpty ? nil : Samples($0) }, note: note)
+  }
+}
+
+/// A folder in /tmp that goes away with its owner, with the files in it.
+struct TemporaryDirectory: ~Copyable {
+  let path: String
+
+  init() throws(Failure) {
+    var template = Array("/tmp/swiftvmm-bench-XXXXXX".utf8CString)
+    let made = mkdtemp(&template)
+    path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    guard made != nil else { throw .output(path: path, reason: HostError.reason(errno)) }
+  }
+
+  deinit {
+    if let folder = opendir(path) {
+      while let entry = readdir(folder) {
+        let name = withUnsafeBytes(of: &entry.pointee.d_name) { bytes in
+          String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
+        }
+        unlink("\(path)/\(name)")
+      }
+      closedir(folder)
+    }
+    rmdir(path)
+  }
+}
