@@ -55,6 +55,9 @@ void clinux_uring_close(struct clinux_uring *ring) {
   memset(ring, 0, sizeof *ring);
 }
 
+// Bytes from which a transfer is left to a worker, so that it does not hold up its submitter.
+enum { CLINUX_URING_LARGE = 256 << 10 };
+
 int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
                        const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token) {
   unsigned tail = *ring->sq_tail;
@@ -71,6 +74,8 @@ int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation op
     entry->addr = (uint64_t)(uintptr_t)vectors;
     entry->len = count;
     entry->off = offset;
+    // Copying so much from or to the page cache takes longer than handing it to a worker of the kernel's does.
+    if (count > 0 && vectors[0].iov_len >= CLINUX_URING_LARGE) entry->flags = IOSQE_ASYNC;
     break;
   case CLINUX_URING_SYNC_DATA:
     entry->opcode = IORING_OP_FSYNC;
