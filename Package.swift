@@ -84,11 +84,14 @@ let package = Package(
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
     library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
+    library(
+      "Virtio", ["BlockLayer", "CLinux", "DeviceModel", "GuestMemory", "Host", "PlatformDevices", "StateTree"]),
     library("Boot", ["Accelerator", "CElf", "CFirmware", "GuestMemory", "Host"]),
     library(
       "Machine",
       [
-        "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "PlatformDevices", "StateTree", "X86",
+        "Accelerator", "BlockLayer", "Boot", "DeviceModel", "GuestMemory", "Host", "PlatformDevices", "StateTree",
+        "Virtio", "X86",
       ]),
 
     // Its faces.
@@ -102,9 +105,8 @@ let package = Package(
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
-        "JSON",
-        "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree",
+        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON",
+        "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.

@@ -1,3 +1,4 @@
+import Glibc
 import Host
 
 /// Why a disk operation failed.
@@ -52,6 +53,14 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
     case .invalid(let what, let value, let expected): "\(what) \(value): expected \(expected)"
     case .queue(let error): "\(error)"
     }
+  }
+}
+
+extension BlockError {
+  /// Whether the host has no room left for what was to be written.
+  public var isNoSpace: Bool {
+    guard case .io(_, _, let code) = self else { return false }
+    return code == ENOSPC || code == EDQUOT
   }
 }
 

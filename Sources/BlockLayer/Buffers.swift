@@ -91,6 +91,13 @@ public struct IOVectors: ~Copyable {
     byteCount -= min(length, byteCount)
   }
 
+  /// Calls `body` with the start and length of every piece.
+  public func forEachPiece(_ body: (UnsafeMutableRawPointer, Int) -> Void) {
+    for index in 0..<count {
+      if let start = pointer[index].iov_base { body(start, pointer[index].iov_len) }
+    }
+  }
+
   /// Makes `length` bytes from `offset` on zero.
   public func zero(from offset: Int, length: Int) {
     forEach(from: offset, length: length) { start, count, _ in memset(start, 0, count) }

@@ -19,6 +19,14 @@ public protocol BusDevice: Device {
   func write(offset: UInt64, size: Int, value: UInt64)
 }
 
+/// A device that has work under way while vCPUs do not run: DMA.
+public protocol DrainableDevice: Device {
+  /// Returns once nothing is under way; nothing is begun until `undrain`. Guest memory and the device's state then rest.
+  func drain()
+  /// Goes on.
+  func undrain()
+}
+
 /// What a device asks of the whole machine.
 public enum MachineRequest: Equatable, Sendable {
   /// Power off: the run ends with status 0.

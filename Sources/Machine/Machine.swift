@@ -27,6 +27,8 @@ public final class Machine: MachineControl {
   /// Every device, in the order in which they were attached.
   public var devices: [any Device] { platform.devices }
 
+  private var drainable: [any DrainableDevice] { devices.compactMap { $0 as? any DrainableDevice } }
+
   /// Whether a crash stops the machine, so that a debugger can look at it, instead of ending the run.
   public let stopsAtCrash = Atomic(false)
 
@@ -136,6 +138,7 @@ public final class Machine: MachineControl {
     }
     let all = threads.withLock { $0 }
     for thread in all.dropFirst() { thread.join() }
+    for device in drainable { device.drain() }
     loop.stop()
     all.first?.join()
     return result
@@ -272,6 +275,7 @@ public final class Machine: MachineControl {
     for presence in interrupts.presences { presence.kick() }
     gate.waitUntilParked()
     clock.stop()
+    for device in drainable { device.drain() }
     operations.pausedClock = try? virtualMachine.readClock()
   }
 
@@ -280,6 +284,7 @@ public final class Machine: MachineControl {
     if let pausedClock = operations.pausedClock { try? virtualMachine.writeClock(pausedClock) }
     operations.pausedClock = nil
     operations.state = .running
+    for device in drainable { device.undrain() }
     clock.start()
     gate.open(holding: held)
   }

@@ -77,14 +77,9 @@ public struct MachineBuilder {
     } catch {
       throw .accelerator(error)
     }
-    let platform: MachinePlatform
-    do {
-      platform = try MachinePlatform(
-        configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link,
-        interrupts: interrupts, epoch: virtualMachine.virtualTime == nil ? Int64(time(nil)) : VirtualClock.epoch)
-    } catch {
-      throw .device(error)
-    }
+    let platform = try MachinePlatform(
+      configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link, interrupts: interrupts,
+      epoch: virtualMachine.virtualTime == nil ? Int64(time(nil)) : VirtualClock.epoch)
     let exitTrace = try connectTraces(vcpus)
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,

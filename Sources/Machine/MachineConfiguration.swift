@@ -1,7 +1,44 @@
 import Accelerator
+import BlockLayer
 import Boot
 import GuestMemory
 import PlatformDevices
+import Virtio
+
+/// The machine's disks, which its maker opens before and closes after.
+public struct MachineDisks: @unchecked Sendable {
+  /// What the disks belong to; running.
+  public let thread: IOThread
+  /// The disks, in the order of their places on the PCI bus.
+  public var disks: [MachineDisk]
+
+  /// Disks of one thread.
+  public init(thread: IOThread, disks: [MachineDisk]) {
+    self.thread = thread
+    self.disks = disks
+  }
+}
+
+/// A disk of a machine, as a virtio block device on PCI.
+public struct MachineDisk {
+  /// Unique in the machine.
+  public var name: String
+  /// The disk.
+  public var node: any BlockNode
+  /// What the guest's driver calls it.
+  public var serial: String
+  /// What happens when the host fails a read or a write.
+  public var readErrors = DiskErrorPolicy.report
+  /// See `readErrors`.
+  public var writeErrors = DiskErrorPolicy.enospc
+
+  /// A disk that the guest knows by its name.
+  public init(name: String, node: any BlockNode) {
+    self.name = name
+    self.node = node
+    serial = name
+  }
+}
 
 /// What a machine is made of; the same for every accelerator.
 public struct MachineConfiguration: Sendable {
@@ -26,6 +63,10 @@ public struct MachineConfiguration: Sendable {
   public var loadAddress: UInt64?
   /// The boot ROM; nil for a build without one.
   public var firmware: BootROM?
+  /// The disks, if any.
+  public var disks: MachineDisks?
+  /// Told in one line of what goes wrong in a device while the machine runs, on any thread.
+  public var onDeviceFault: @Sendable (String) -> Void = { _ in }
   /// Where COM1 sends its bytes.
   public var serial: any SerialOutput
   /// Where the interrupt controllers live; nil for the accelerator's local APICs and the VMM's rest, or
@@ -44,10 +85,17 @@ public struct MachineConfiguration: Sendable {
     self.serial = serial
   }
 
+  /// Places for PCI functions beside the host bridge.
+  public static let maximumDisks = 30
+
   func validate() throws(MachineError) {
     guard (1...Self.maximumCPUs).contains(cpus) else { throw .cpus(asked: cpus, limit: Self.maximumCPUs) }
     guard memory >= Self.minimumMemory, memory & 0xfff == 0 else {
       throw .memorySize(asked: memory, minimum: Self.minimumMemory)
     }
+    let disks = disks?.disks ?? []
+    guard disks.count <= Self.maximumDisks else { throw .disks(asked: disks.count, limit: Self.maximumDisks) }
+    var names: Set<String> = []
+    for disk in disks where !names.insert(disk.name).inserted { throw .diskName(disk.name) }
   }
 }

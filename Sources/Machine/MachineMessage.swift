@@ -13,6 +13,10 @@ public enum MachineError: Error, CustomStringConvertible {
   case memorySize(asked: UInt64, minimum: UInt64)
   /// The accelerator has no interrupt controllers there.
   case interruptControllers(asked: InterruptControllerModel, engine: String)
+  /// More disks than the bus has places.
+  case disks(asked: Int, limit: Int)
+  /// Two disks have one name.
+  case diskName(String)
   case memory(GuestMemoryError)
   case accelerator(AcceleratorError)
   case device(DeviceModelError)
@@ -29,6 +33,8 @@ public enum MachineError: Error, CustomStringConvertible {
     case .interruptControllers(let asked, let engine):
       "engine \(engine) has no \(asked == .split ? "local APICs" : "interrupt controllers") of its own here: "
         + "use --kernel-irqchip off"
+    case .disks(let asked, let limit): "\(asked) disks do not fit: --disk may be given \(limit) times"
+    case .diskName(let name): "two disks are called \(name): give one of them another id="
     case .memory(let error): "\(error)"
     case .accelerator(let error): "\(error)"
     case .device(let error): "\(error)"

@@ -1,8 +1,11 @@
 import Accelerator
+import BlockLayer
 import Boot
 import DeviceModel
 import GuestMemory
+import Host
 import PlatformDevices
+import Virtio
 
 /// The machine's devices and where they are: the one list to add a device to.
 struct MachinePlatform {
@@ -16,6 +19,21 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
+    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
+    epoch: Int64
+  ) throws(MachineError) {
+    do throws(DeviceModelError) {
+      try self.init(
+        platform: configuration, kind: kind, memory: memory, map: map, clock: clock, machine: machine,
+        interrupts: interrupts, epoch: epoch)
+    } catch {
+      throw .device(error)
+    }
+    try addDisks(configuration, memory: memory, interrupts: interrupts.sink)
+  }
+
+  private init(
+    platform configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
     clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
     epoch: Int64
   ) throws(DeviceModelError) {
@@ -65,6 +83,29 @@ struct MachinePlatform {
     try add(
       FirmwareConfiguration(
         memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))
+  }
+
+  /// Disks are the functions after the host bridge, in their order.
+  private mutating func addDisks(
+    _ configuration: MachineConfiguration, memory: GuestMemory, interrupts: any InterruptSink
+  ) throws(MachineError) {
+    guard let disks = configuration.disks else { return }
+    for (index, disk) in disks.disks.enumerated() {
+      let address = PCIAddress(device: UInt8(index + 1))
+      let block = VirtioBlock(
+        name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: disks.thread,
+        queues: min(configuration.cpus, VirtioBlock.maximumQueues), readErrors: disk.readErrors,
+        writeErrors: disk.writeErrors)
+      let device: VirtioPCI
+      do throws(HostError) {
+        device = try VirtioPCI(
+          block, host: pci, line: pci.line(device: address.device), interrupts: interrupts, memory: memory,
+          loop: disks.thread.loop, onFault: configuration.onDeviceFault)
+      } catch {
+        throw .host(error)
+      }
+      do throws(DeviceModelError) { try add(device, at: address) } catch { throw .device(error) }
+    }
   }
 
   private mutating func add(_ device: any PlatformDevice) throws(DeviceModelError) {

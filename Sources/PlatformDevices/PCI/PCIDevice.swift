@@ -11,6 +11,8 @@ public protocol PCIDevice: BusDevice {
   func readBAR(_ bar: Int, offset: UInt64, size: Int) -> UInt64
   /// A guest's write in a BAR.
   func writeBAR(_ bar: Int, offset: UInt64, size: Int, value: UInt64)
+  /// The guest is about to read these bytes of configuration space.
+  func willReadConfiguration(offset: Int, size: Int)
   /// The guest wrote these bytes of configuration space; their values are in `function`.
   func didWriteConfiguration(offset: Int, size: Int)
 }
@@ -20,6 +22,8 @@ extension PCIDevice {
   public func readBAR(_ bar: Int, offset: UInt64, size: Int) -> UInt64 { ~0 }
   /// Lost.
   public func writeBAR(_ bar: Int, offset: UInt64, size: Int, value: UInt64) {}
+  /// Nothing of the device's own to do.
+  public func willReadConfiguration(offset: Int, size: Int) {}
   /// Nothing of the device's own to do.
   public func didWriteConfiguration(offset: Int, size: Int) {}
 

@@ -58,6 +58,15 @@ public final class PCIFunction: Sendable {
     }
   }
 
+  /// Puts the device's own value into configuration space, where no BAR and no capability of this type's is.
+  public func setConfiguration(offset: Int, size: Int, value: UInt32) {
+    state.withLock { state in
+      for index in 0..<size where offset + index < state.bytes.count {
+        state.bytes[offset + index] = UInt8(truncatingIfNeeded: value >> UInt32(index * 8))
+      }
+    }
+  }
+
   /// Writes 1, 2 or 4 bytes, as far as they are writable. `device` is the one that this function belongs to.
   public func writeConfiguration(offset: Int, size: Int, value: UInt32, for device: any PCIDevice) {
     state.withLock { state in

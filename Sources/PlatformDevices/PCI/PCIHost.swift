@@ -68,12 +68,15 @@ public final class PCIHost: PlatformDevice {
     case Self.ecamOffset...:
       guard let device = device(inECAM: offset) else { return ~0 }
       let register = Int(offset & 0xfff)
+      device.willReadConfiguration(offset: register, size: size)
       let low = UInt64(device.function.readConfiguration(offset: register, size: min(size, 4)))
       guard size == 8 else { return low }
       return low | UInt64(device.function.readConfiguration(offset: register + 4, size: 4)) << 32
     case Self.dataOffset...:
       guard let (device, register) = selected(offset) else { return ~0 }
-      return UInt64(device.function.readConfiguration(offset: register, size: min(size, 4 - register & 3)))
+      let count = min(size, 4 - register & 3)
+      device.willReadConfiguration(offset: register, size: count)
+      return UInt64(device.function.readConfiguration(offset: register, size: count))
     default: return size == 4 ? UInt64(state.withLock { $0.address }) : ~0
     }
   }

@@ -1,0 +1,30 @@
+import StateTree
+
+/// What kind of virtio device sits behind a transport: one new file a device. All calls come from the device's I/O thread,
+/// but for the identity and `readConfiguration`, which vCPUs ask.
+public protocol VirtioDevice: AnyObject {
+  /// Unique in the machine.
+  var name: String { get }
+  /// The device type of virtio 1.2, chapter 5.
+  var type: UInt16 { get }
+  /// The PCI class code, 24 bits.
+  var classCode: UInt32 { get }
+  /// What the device offers beside the transport's own features.
+  var features: VirtioFeatures { get }
+  /// The largest size of each queue; a power of two.
+  var queueSizes: [UInt16] { get }
+  /// Reads `size` bytes of the device's configuration; what lies outside is 0.
+  func readConfiguration(offset: Int, size: Int) -> UInt64
+  /// The driver is ready: these queues, nil where it enabled none. `interrupt` tells the driver of used entries of a queue.
+  func start(_ queues: [Virtqueue?], features: VirtioFeatures, interrupt: @escaping (Int) -> Void)
+  /// The driver says that a queue has requests; true where some are left, to be asked for again.
+  ///
+  /// - Throws: what is wrong with the queue; the device then needs a reset.
+  func process(queue: Int) throws(VirtqueueError) -> Bool
+  /// Starts nothing new and calls `done` once nothing is under way any more.
+  func drain(_ done: @escaping () -> Void)
+  /// Goes on after `drain`; every queue is processed next.
+  func undrain()
+  /// The queues are gone. Called when drained.
+  func stop()
+}
