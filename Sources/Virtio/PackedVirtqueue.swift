@@ -1,4 +1,5 @@
 import CLinux
+import GuestMemory
 import Synchronization
 
 /// Packed queues (virtio 1.2, 2.8): one ring of descriptors, which the device overwrites with what it has used.

@@ -1,4 +1,5 @@
 import CLinux
+import GuestMemory
 import Synchronization
 
 /// Split queues (virtio 1.2, 2.7): a table of descriptors, a ring of heads from the driver, one of used chains back.

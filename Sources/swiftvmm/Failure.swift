@@ -31,6 +31,8 @@ enum Failure: Error {
   case input(String)
   case output(path: String, reason: String)
   case machine(MachineError)
+  case disk(BlockError)
+  case diskClosed(BlockError)
   case host(HostError)
   case control(String)
   case accelerator(AcceleratorError)
@@ -45,14 +47,14 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .disk: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
     case .disk(let error): Self.status(error)
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
-    case .output, .host, .control: .inputOutput
+    case .output, .host, .control, .diskClosed: .inputOutput
     case .accelerator(let error): Self.status(error)
     case .machine(let error): Self.status(error)
     }
@@ -109,6 +111,8 @@ enum Failure: Error {
     case .input(let text): text
     case .output(let path, let reason): "cannot write \(path): \(reason)"
     case .machine(let error): "\(error)"
+    case .disk(let error): "--disk: \(error)"
+    case .diskClosed(let error): "a disk could not be closed: \(error)"
     case .host(let error): "\(error)"
     case .control(let text): text
     case .accelerator(let error): "\(error)"

@@ -69,6 +69,12 @@ struct RunCommand: ParsableCommand {
   @Option(help: "Multiboot or PVH module, with an optional command line after a comma; repeatable.")
   var module: [String] = []
 
+  @Option(
+    help: ArgumentHelp(
+      "Disk: FILE[,id=][,format=raw|qcow2][,readonly=on][,cache=writeback|none|unsafe][,rerror=][,werror=report|stop|enospc]; repeatable.",
+      valueName: "disk"))
+  var disk: [DiskOption] = []
+
   @Option(help: "ROM image that ends at 4 GiB, instead of the built-in one.")
   var firmware: String?
 

@@ -17,6 +17,7 @@ struct RunSession {
   private let accelerator: any Accelerator
   private let console: Console
   private let traces: [Trace]
+  private let disks: RunDisks?
 
   init(_ options: RunCommand) throws(Failure) {
     self.options = options
@@ -51,6 +52,9 @@ struct RunSession {
       if let path = options.firmware { try BootROM(path: path) } else { try BootROM.builtIn() }
     }
     configuration.takesTurns = options.smpThreads == .off
+    configuration.onDeviceFault = { printError("swiftvmm: \($0)") }
+    disks = try RunDisks(options.disk)
+    configuration.disks = disks?.configuration
     accelerator = try options.engine.open(
       softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic)
     traces = try subjects.map { subject, path throws(Failure) in try Self.openTrace(subject, path) }
@@ -91,6 +95,7 @@ struct RunSession {
       try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
+    try disks?.close()
     return outcome.status
   }
 
