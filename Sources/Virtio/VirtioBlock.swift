@@ -49,6 +49,8 @@ public final class VirtioBlock: VirtioDevice {
   private var queues: [Virtqueue?] = []
   private var interrupt: (Int) -> Void = { _ in }
   private var underWay = 0
+  /// Owns every request: those under way have no other owner.
+  private var requests: [Request] = []
   private var idle: [Request] = []
   /// Requests that wait for the machine to go on.
   private var stopped: [Request] = []
@@ -184,7 +186,7 @@ public final class VirtioBlock: VirtioDevice {
     repeat {
       queue.disableNotifications()
       while budget > 0 {
-        let request = idle.popLast() ?? Request()
+        let request = idle.popLast() ?? newRequest()
         request.queue = index
         guard try queue.take(request.chain) else {
           idle.append(request)
@@ -197,6 +199,12 @@ public final class VirtioBlock: VirtioDevice {
       if budget == 0 { return true }
     } while queue.enableNotifications()
     return false
+  }
+
+  private func newRequest() -> Request {
+    let request = Request()
+    requests.append(request)
+    return request
   }
 
   /// Tells the driver of what was given back, a queue at a time.

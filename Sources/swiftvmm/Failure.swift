@@ -31,7 +31,6 @@ enum Failure: Error {
   case input(String)
   case output(path: String, reason: String)
   case machine(MachineError)
-  case disk(BlockError)
   case diskClosed(BlockError)
   case host(HostError)
   case control(String)
@@ -47,7 +46,7 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .disk: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
@@ -111,7 +110,6 @@ enum Failure: Error {
     case .input(let text): text
     case .output(let path, let reason): "cannot write \(path): \(reason)"
     case .machine(let error): "\(error)"
-    case .disk(let error): "--disk: \(error)"
     case .diskClosed(let error): "a disk could not be closed: \(error)"
     case .host(let error): "\(error)"
     case .control(let text): text
