@@ -43,4 +43,45 @@ enum PCI {
       }
     }
   }
+
+  /// Calls `body` with the id and the offset of each capability.
+  static func forEachCapability(_ function: Function, _ body: (UInt8, UInt8) -> Void) {
+    if read32(function, 4) >> 16 & 0x10 == 0 { return }
+    var offset = UInt8(truncatingIfNeeded: read32(function, 0x34)) & 0xfc
+    var seen = 0
+    while offset != 0 && seen < 48 {
+      let head = read32(function, offset)
+      body(UInt8(truncatingIfNeeded: head), offset)
+      offset = UInt8(truncatingIfNeeded: head >> 8) & 0xfc
+      seen += 1
+    }
+  }
+
+  /// Where the next BAR goes that the firmware has left without an address below 4 GiB.
+  nonisolated(unsafe) private static var nextBAR: UInt64 = 0xc000_0000
+
+  /// The address of a memory BAR, which gets one where it has none that the page tables reach.
+  static func memoryBAR(_ function: Function, _ index: UInt8) -> UInt64 {
+    let offset = 0x10 + index * 4
+    let low = read32(function, offset)
+    let isWide = low >> 1 & 3 == 2
+    let high = isWide ? read32(function, offset + 4) : 0
+    if high == 0 && low & ~15 != 0 { return UInt64(low & ~15) }
+    // Nothing may decode while addresses are all ones.
+    let command = read32(function, 4) & 0xffff
+    write32(function, 4, command & ~3)
+    write32(function, offset, .max)
+    let size = UInt64(~(read32(function, offset) & ~15)) + 1
+    let address = (nextBAR + size - 1) & ~(size - 1)
+    nextBAR = address + size
+    write32(function, offset, UInt32(truncatingIfNeeded: address))
+    if isWide { write32(function, offset + 4, 0) }
+    write32(function, 4, command)
+    return address
+  }
+
+  /// Memory and bus mastering on, the interrupt pin off.
+  static func enable(_ function: Function) {
+    write32(function, 4, read32(function, 4) & 0xffff | 0x406)
+  }
 }

@@ -53,10 +53,15 @@ GUEST_INLINE void hlt(void) { __asm__ volatile("hlt" ::: "memory"); }
 // sti holds interrupts off until hlt has begun, so a wake-up cannot slip in between.
 GUEST_INLINE void sti_hlt_cli(void) { __asm__ volatile("sti; hlt; cli" ::: "memory"); }
 GUEST_INLINE void cpu_pause(void) { __asm__ volatile("pause" ::: "memory"); }
+// Orders stores before it with loads after it; emulators that know no SSE lack mfence.
+GUEST_INLINE void full_fence(void) { __asm__ volatile("lock addl $0, (%%rsp)" ::: "cc", "memory"); }
 GUEST_INLINE uint16_t read_tr(void) { uint16_t v; __asm__ volatile("str %0" : "=r"(v)); return v; }
 
 // Fills memory with 64-bit words by one string instruction.
 GUEST_INLINE void fill64(uint64_t a, uint64_t v, uint64_t count) { __asm__ volatile("rep stosq" : "+D"(a), "+c"(count) : "a"(v) : "memory"); }
+
+// True when every one of count 64-bit words is v; count is not zero.
+GUEST_INLINE uint8_t all_words64(uint64_t a, uint64_t v, uint64_t count) { uint8_t equal; __asm__ volatile("repe scasq; sete %2" : "+D"(a), "+c"(count), "=q"(equal) : "a"(v) : "cc", "memory"); return equal; }
 
 GUEST_INLINE void copy_bytes(void *to, const void *from, size_t count) { __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count)::"memory"); }
 
