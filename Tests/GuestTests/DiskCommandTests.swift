@@ -7,19 +7,6 @@ import Testing
     if: access(VMM.path, X_OK) == 0 && access("/usr/bin/qemu-img", X_OK) == 0,
     "needs the release build, and qemu-utils"))
 struct DiskCommandTests {
-  private func qemu(_ arguments: [String]) throws -> (status: Int32, output: String) {
-    let process = Process()
-    let pipe = Pipe()
-    process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
-    process.arguments = arguments
-    process.standardOutput = pipe
-    process.standardError = pipe
-    try process.run()
-    let output = pipe.fileHandleForReading.readDataToEndOfFile()
-    process.waitUntilExit()
-    return (process.terminationStatus, String(decoding: output, as: UTF8.self))
-  }
-
   /// A document without what is not an image's property.
   private func comparable(_ text: String) throws -> NSObject {
     func strip(_ value: Any) -> Any {
@@ -41,7 +28,7 @@ struct DiskCommandTests {
         ["disk", "create", "-q", "-f", "qcow2", "-o", "cluster_size=\(clusterSize)"] + backing
           + ["\(folder.path)/l\(layer)"] + (layer > 0 ? [] : ["8M"]))
       #expect(made.status == 0, "\(made.errors)")
-      let written = try qemu([
+      let written = try hostTool([
         "qemu-io", "-f", "qcow2", "-c", "write -P \(layer + 1) \(layer * 64)k 128k", "-c",
         "write -z \(layer * 64 + 960)k 64k", "\(folder.path)/l\(layer)",
       ])
@@ -49,12 +36,12 @@ struct DiskCommandTests {
     }
     let top = "\(folder.path)/l\(depth - 1)"
     #expect(try VMM.run("disk", "snapshot", "-c", "one", top).status == 0)
-    #expect(try qemu(["qemu-img", "bitmap", "--add", top, "bits"]).status == 0)
+    #expect(try hostTool(["qemu-img", "bitmap", "--add", top, "bits"]).status == 0)
     // Where clusters are written in part, QEMU tells of the file's holes within them.
     let questions = [["info", "--backing-chain"], ["check"]] + (clusterSize <= 65536 ? [["map"]] : [])
     for question in questions {
       let ours = try VMM.run(["disk"] + question + ["--json", top])
-      let theirs = try qemu(["qemu-img"] + question + ["--output", "json", top])
+      let theirs = try hostTool(["qemu-img"] + question + ["--output", "json", top])
       #expect(ours.status == 0, "\(ours.errors)")
       #expect(try comparable(ours.output) == comparable(theirs.output), "\(question) \(ours.output) \(theirs.output)")
     }
@@ -62,7 +49,7 @@ struct DiskCommandTests {
       let copy = "\(folder.path)/copy"
       let made = try VMM.run(["disk", "convert"] + options + [top, copy])
       #expect(made.status == 0, "\(made.errors)")
-      let compare = try qemu(["qemu-img", "compare", top, copy])
+      let compare = try hostTool(["qemu-img", "compare", top, copy])
       #expect(compare.status == 0, "\(compare.output)")
       #expect(try VMM.run("disk", "compare", "-q", top, copy).status == 0)
     }
@@ -75,15 +62,15 @@ struct DiskCommandTests {
     #expect(try VMM.run("disk", "create", "-f", "qcow2", "-o", "cluster_size=5000", path, "1M").status == 64)
     #expect(try VMM.run("disk", "info", folder.path + "/none").status == 66)
     #expect(try VMM.run("disk", "create", "-f", "qcow2", path, "4M").status == 0)
-    #expect(try qemu(["qemu-io", "-c", "write -P 1 0 1M", path]).status == 0)
+    #expect(try hostTool(["qemu-io", "-c", "write -P 1 0 1M", path]).status == 0)
     #expect(try VMM.run("disk", "resize", path, "1M").status == 64)
     #expect(try VMM.run("disk", "resize", "--shrink", path, "-1M").status == 0)
     #expect(try VMM.run("disk", "resize", path, "+2M").status == 0)
-    #expect(try qemu(["qemu-img", "info", path]).output.contains("(5242880 bytes)"))
+    #expect(try hostTool(["qemu-img", "info", path]).output.contains("(5242880 bytes)"))
     #expect(try VMM.run("disk", "commit", path).status == 66)
     #expect(try VMM.run("disk", "convert", "-O", "raw", path, folder.path + "/raw").status == 0)
     #expect(try VMM.run("disk", "check", folder.path + "/raw").status == 63)
-    #expect(try qemu(["qemu-io", "-f", "raw", "-c", "write -P 2 100k 1k", folder.path + "/raw"]).status == 0)
+    #expect(try hostTool(["qemu-io", "-f", "raw", "-c", "write -P 2 100k 1k", folder.path + "/raw"]).status == 0)
     let compared = try VMM.run("disk", "compare", path, folder.path + "/raw")
     #expect(compared.status == 1 && compared.output == "Content mismatch at offset 102400!\n")
     #expect(try VMM.run("disk", "create", "-q", folder.path + "/missing/raw", "1M").status == 74)
@@ -94,7 +81,7 @@ struct DiskCommandTests {
     try file.close()
     #expect(try VMM.run("disk", "check", "-q", path).status == 3)
     #expect(try VMM.run("disk", "check", "-q", "-r", "leaks", path).status == 0)
-    #expect(try qemu(["qemu-img", "check", path]).status == 0)
+    #expect(try hostTool(["qemu-img", "check", path]).status == 0)
     try Data([0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 9]).write(to: URL(fileURLWithPath: path))
     let malformed = try VMM.run("disk", "info", path)
     #expect(malformed.status == 66 && malformed.errors.split(separator: "\n").count == 1, "\(malformed.errors)")

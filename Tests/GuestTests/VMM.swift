@@ -66,6 +66,24 @@ struct VMM {
   }
 }
 
+/// A tool of the host, found by PATH and run to its end with no input; what it prints is one text.
+func hostTool(_ arguments: String...) throws -> (status: Int32, output: String) { try hostTool(arguments) }
+
+/// See `hostTool(_:)`.
+func hostTool(_ arguments: [String]) throws -> (status: Int32, output: String) {
+  let process = Process()
+  let pipe = Pipe()
+  process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
+  process.arguments = arguments
+  process.standardInput = FileHandle.nullDevice
+  process.standardOutput = pipe
+  process.standardError = pipe
+  try process.run()
+  let output = pipe.fileHandleForReading.readDataToEndOfFile()
+  process.waitUntilExit()
+  return (process.terminationStatus, String(decoding: output, as: UTF8.self))
+}
+
 /// A folder that goes away with its owner.
 final class TemporaryFolder {
   let path: String
