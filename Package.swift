@@ -156,6 +156,9 @@ let package = Package(
         "StateTree",
       ]),
     tests("BlockLayerTests", ["BlockLayer", "Host"]),
+    tests(
+      "VirtioTests",
+      ["BlockLayer", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Boot", "Host"]),

@@ -188,10 +188,10 @@ public final class VirtioBlock: VirtioDevice {
       while budget > 0 {
         let request = idle.popLast() ?? newRequest()
         request.queue = index
-        guard try queue.take(request.chain) else {
-          idle.append(request)
-          break
-        }
+        var isTaken = false
+        defer { if !isTaken { idle.append(request) } }
+        isTaken = try queue.take(request.chain)
+        guard isTaken else { break }
         budget -= 1
         underWay += 1
         begin(request)

@@ -27,6 +27,8 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   let registers: Mutex<Registers>
   /// The queues that the device works on. The I/O loop's, but for when the device is drained.
   private var queues: [Virtqueue?] = []
+  /// The driver has broken a queue and not reset the device since: nothing more is taken.
+  private let isBroken = Atomic(false)
 
   /// A device of `host` whose queues `loop` runs.
   ///
@@ -163,6 +165,7 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   /// Makes the queues where the driver has put them. A restored device goes on when the machine does.
   private func start(isRestored: Bool) {
     let (settings, features) = registers.withLock { ($0.queues, $0.driverFeatures) }
+    isBroken.store(false, ordering: .relaxed)
     var queues: [Virtqueue?] = []
     do throws(VirtqueueError) {
       for queue in settings {
@@ -195,7 +198,9 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   private func process(_ index: Int) {
     // A device that may not reach memory (PCI's bus master bit) takes no requests;
     // it then looks again.
-    guard queues.indices.contains(index), queues[index] != nil, function.isBusMaster else { return }
+    guard queues.indices.contains(index), queues[index] != nil, function.isBusMaster,
+      !isBroken.load(ordering: .relaxed)
+    else { return }
     do throws(VirtqueueError) {
       if try device.process(queue: index) { notifiers[index].event.signal() }
     } catch {
@@ -205,12 +210,10 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
 
   /// The driver must reset the device (2.1.1).
   private func fail(_ queue: Int, _ error: VirtqueueError) {
+    isBroken.store(true, ordering: .relaxed)
     onFault(VirtioMessage.queueBroken(device: name, queue: queue, error).text)
-    let isFirst = registers.withLock { registers in
-      defer { registers.status |= Registers.Status.needsReset }
-      return registers.status & Registers.Status.needsReset == 0
-    }
-    if isFirst { configurationChanged() }
+    registers.withLock { $0.status |= Registers.Status.needsReset }
+    configurationChanged()
   }
 
   /// Runs `body` on the I/O loop and waits for it.
