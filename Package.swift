@@ -158,7 +158,7 @@ let package = Package(
     tests("BlockLayerTests", ["BlockLayer", "Host"]),
     tests(
       "VirtioTests",
-      ["BlockLayer", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),
+      ["BlockLayer", "DeviceModel", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Boot", "Host"]),

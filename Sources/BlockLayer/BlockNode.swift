@@ -61,6 +61,20 @@ public struct BlockExtent: Equatable, Sendable {
   public var isCompressed = false
   /// Where in the layer's file the bytes are, where they are stored as they are.
   public var hostOffset: UInt64?
+
+  /// A range with that state.
+  public init(
+    offset: UInt64, length: UInt64, isAllocated: Bool, isData: Bool, isZero: Bool, isCompressed: Bool = false,
+    hostOffset: UInt64? = nil
+  ) {
+    self.offset = offset
+    self.length = length
+    self.isAllocated = isAllocated
+    self.isData = isData
+    self.isZero = isZero
+    self.isCompressed = isCompressed
+    self.hostOffset = hostOffset
+  }
 }
 
 /// A disk, or one layer of it: what virtio-blk, NBD and jobs work on.

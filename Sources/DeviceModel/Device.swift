@@ -39,6 +39,31 @@ public enum MachineRequest: Equatable, Sendable {
   case wake
   /// The guest wrote this value to the debug-exit port.
   case debugExit(UInt32)
+  /// The host failed a device's I/O: all are told, and by its policy the machine stops.
+  case ioError(IOErrorReport)
+}
+
+/// A request of the guest's to a disk that the host has failed.
+public struct IOErrorReport: Equatable, Sendable {
+  /// The disk's name.
+  public var disk: String
+  /// Whether it was to change the disk, or make a change durable.
+  public var isWrite: Bool
+  /// The host has no room left.
+  public var isNoSpace: Bool
+  /// The machine stops, and the request is tried again when it goes on; else the guest gets an I/O error.
+  public var stops: Bool
+  /// One line.
+  public var reason: String
+
+  /// A failed request.
+  public init(disk: String, isWrite: Bool, isNoSpace: Bool, stops: Bool, reason: String) {
+    self.disk = disk
+    self.isWrite = isWrite
+    self.isNoSpace = isNoSpace
+    self.stops = stops
+    self.reason = reason
+  }
 }
 
 /// The machine as its devices see it.

@@ -169,11 +169,13 @@ public final class Machine: MachineControl {
   // MARK: Run states
 
   /// Stops every vCPU and guest time; returns when all are out of the guest.
-  public func pause() {
+  public func pause() { pause(as: .paused) }
+
+  private func pause(as state: RunState) {
     let stopped = operations.withLock { operations in
       guard operations.state == .running else { return false }
       quiesce(&operations)
-      operations.state = .paused
+      operations.state = state
       return true
     }
     if stopped { emit(.stopped) }
@@ -182,7 +184,7 @@ public final class Machine: MachineControl {
   /// Lets guest time and the vCPUs go on, but for the vCPUs in `held`, which stay where they are until the next resume.
   public func resume(holding held: Set<Int> = []) {
     let resumed = operations.withLock { operations in
-      guard operations.state == .paused || operations.state == .prelaunch else { return false }
+      guard [.paused, .prelaunch, .ioError].contains(operations.state) else { return false }
       go(&operations, holding: held)
       return true
     }
@@ -321,8 +323,12 @@ public final class Machine: MachineControl {
 
   /// Called by devices in the middle of an access: the vCPU that makes it parks right after it.
   public func request(_ request: MachineRequest) {
+    switch request {
     // A wake-up may come at any time and means nothing to a machine that does not sleep.
-    if request != .wake { gate.close() }
+    case .wake: break
+    case .ioError(let report): if report.stops { gate.close() }
+    default: gate.close()
+    }
     loop.execute { [self] in
       switch request {
       case .powerOff: finish(.poweredOff)
@@ -330,6 +336,9 @@ public final class Machine: MachineControl {
       case .reset: reset(byGuest: true)
       case .suspend: suspend()
       case .wake: wake()
+      case .ioError(let report):
+        emit(.ioError(report))
+        if report.stops { pause(as: .ioError) }
       }
     }
   }

@@ -29,7 +29,7 @@ struct MachinePlatform {
     } catch {
       throw .device(error)
     }
-    try addDisks(configuration, memory: memory, interrupts: interrupts.sink)
+    try addDisks(configuration, memory: memory, interrupts: interrupts.sink, machine: machine)
   }
 
   private init(
@@ -87,7 +87,8 @@ struct MachinePlatform {
 
   /// Disks are the functions after the host bridge, in their order.
   private mutating func addDisks(
-    _ configuration: MachineConfiguration, memory: GuestMemory, interrupts: any InterruptSink
+    _ configuration: MachineConfiguration, memory: GuestMemory, interrupts: any InterruptSink,
+    machine: any MachineControl
   ) throws(MachineError) {
     guard let disks = configuration.disks else { return }
     for (index, disk) in disks.disks.enumerated() {
@@ -96,6 +97,7 @@ struct MachinePlatform {
         name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: disks.thread,
         queues: min(configuration.cpus, VirtioBlock.maximumQueues), readErrors: disk.readErrors,
         writeErrors: disk.writeErrors)
+      block.onError = { machine.request(.ioError($0)) }
       let device: VirtioPCI
       do throws(HostError) {
         device = try VirtioPCI(

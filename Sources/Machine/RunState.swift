@@ -8,6 +8,8 @@ public enum RunState: String, Sendable {
   case running
   /// Every vCPU is out of the guest and has said so.
   case paused
+  /// As `paused`, by a disk's policy on errors of the host.
+  case ioError = "io-error"
   /// Sleeping in ACPI S3 until something wakes it.
   case suspended
   /// The run is over.
@@ -49,6 +51,8 @@ public enum MachineEvent: Sendable {
   /// The guest sleeps in S3, and woke.
   case suspended
   case wokeUp
+  /// The host failed a request to a disk; where the report says so, `stopped` follows.
+  case ioError(IOErrorReport)
   /// The guest crashed.
   case panicked
   /// The run is over; `reason` is QEMU's (`guest-shutdown`, `host-qmp-quit`, ...).

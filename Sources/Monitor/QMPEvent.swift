@@ -55,6 +55,18 @@ public struct QMPEvent: Equatable, Sendable {
     QMPEvent("GUEST_PANICKED", ["action": pausing ? "pause" : "poweroff"])
   }
 
+  /// The host failed a request of the guest's to a disk (`BLOCK_IO_ERROR` of QEMU's block-core.json).
+  public static func blockIOError(
+    device: String, isWrite: Bool, stops: Bool, isNoSpace: Bool, reason: String
+  ) -> QMPEvent {
+    QMPEvent(
+      "BLOCK_IO_ERROR",
+      [
+        "device": .string(device), "operation": isWrite ? "write" : "read", "action": stops ? "stop" : "report",
+        "nospace": .bool(isNoSpace), "reason": .string(reason),
+      ])
+  }
+
   private static func data(_ cause: Cause) -> JSONObject {
     ["guest": .bool(cause.isGuest), "reason": .string(cause.rawValue)]
   }
@@ -66,6 +78,15 @@ public struct QMPEvent: Equatable, Sendable {
     (
       "GUEST_PANICKED",
       [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]
+    ),
+    (
+      "BLOCK_IO_ERROR",
+      [
+        .required("device", .string),
+        .required("operation", .enumeration("IoOperationType", values: ["read", "write"])),
+        .required("action", .enumeration("BlockErrorAction", values: ["ignore", "report", "stop"])),
+        .optional("nospace", .bool), .required("reason", .string),
+      ]
     ),
   ]
 

@@ -1,5 +1,6 @@
 import BlockLayer
 import CLinux
+import DeviceModel
 import GuestMemory
 import Synchronization
 
@@ -34,8 +35,11 @@ public final class VirtioBlock: VirtioDevice {
   public let classCode: UInt32 = 0x010000
   /// One queue a vCPU, as drivers like it.
   public let queueSizes: [UInt16]
-  /// Tells the machine that a request failed and that the guest has to wait: whether it was a write, and the reason.
-  public var onStop: (_ isWrite: Bool, _ reason: String) -> Void = { _, _ in }
+  /// Told of every request that the host fails, on the disk's thread.
+  public var onError: (IOErrorReport) -> Void = { _ in }
+
+  /// Set by the transport.
+  public var configurationChanged: () -> Void = {}
 
   private let serial: [UInt8]
   private let memory: GuestMemory
@@ -136,6 +140,7 @@ public final class VirtioBlock: VirtioDevice {
   /// The disk has another size: the driver is to be told. On the disk's thread.
   public func sizeChanged() {
     capacity.store(disk.size / Self.sectorSize, ordering: .relaxed)
+    configurationChanged()
   }
 
   /// Puts another disk of the same size in the place of this one: a snapshot's overlay. Drained, on the disk's thread.
@@ -306,9 +311,10 @@ public final class VirtioBlock: VirtioDevice {
       case .stop: true
       case .enospc: error.isNoSpace
       }
+    onError(
+      IOErrorReport(disk: name, isWrite: isWrite, isNoSpace: error.isNoSpace, stops: stops, reason: "\(error)"))
     guard stops else { return finish(request, Status.ioError) }
     stopped.append(request)
-    onStop(isWrite, "\(error)")
     checkDrained()
   }
 

@@ -13,6 +13,8 @@ public protocol VirtioDevice: AnyObject {
   var features: VirtioFeatures { get }
   /// The largest size of each queue; a power of two.
   var queueSizes: [UInt16] { get }
+  /// The device's configuration has changed: set by the transport, which tells the driver.
+  var configurationChanged: () -> Void { get set }
   /// Reads `size` bytes of the device's configuration; what lies outside is 0.
   func readConfiguration(offset: Int, size: Int) -> UInt64
   /// The driver is ready: these queues, nil where it enabled none. `interrupt` tells the driver of used entries of a queue.

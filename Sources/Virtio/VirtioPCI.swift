@@ -51,6 +51,7 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
     var notifiers: [QueueNotifier] = []
     for _ in device.queueSizes { notifiers.append(try QueueNotifier()) }
     self.notifiers = notifiers
+    device.configurationChanged = { [weak self] in self?.configurationChanged() }
     for (index, notifier) in notifiers.enumerated() {
       try loop.add(notifier.event.descriptor.rawValue, .readable) { [weak self] _ in
         _ = notifier.event.drain()

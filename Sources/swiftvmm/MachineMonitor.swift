@@ -1,4 +1,5 @@
 import Accelerator
+import DeviceModel
 import Host
 import Machine
 import Monitor
@@ -33,6 +34,11 @@ final class MachineMonitor: MonitorTarget {
       case .resumed: server.emit(.resume)
       case .reset(let byGuest): server.emit(.reset(byGuest ? .guestReset : .systemReset))
       case .powerdown: server.emit(.powerDown)
+      case .ioError(let report):
+        server.emit(
+          .blockIOError(
+            device: report.disk, isWrite: report.isWrite, stops: report.stops, isNoSpace: report.isNoSpace,
+            reason: report.reason))
       case .panicked: server.emit(.guestPanicked(pausing: false))
       case .shutdown(_, let reason): server.emit(.shutdown(QMPEvent.Cause(rawValue: reason) ?? .hostError))
       case .suspended: server.emit(.suspend)

@@ -104,4 +104,26 @@ struct BadInputTests {
       ["run", "hello", "--engine", "kvm", "--control", "unix:\(path)", "--serial", "none"], status: 74, naming: path)
     #expect(access(path, F_OK) == 0, "the first machine's socket must stay")
   }
+
+  @Test func disks() throws {
+    let folder = try TemporaryFolder()
+    let image = try folder.file("disk.raw", [UInt8](repeating: 0, count: 4096))
+    func disk(_ option: String, _ status: Int32, _ text: String) throws {
+      try fails(["run", "hello", "--engine", "soft", "--disk", option], status: status, naming: text)
+    }
+    try disk(folder.path + "/missing.qcow2", 66, "missing.qcow2")
+    try disk("", 64, "FILE first")
+    try disk(image + ",size=4", 64, "size=4")
+    try disk(image + ",readonly", 64, "readonly")
+    try disk(image + ",format=vmdk", 64, "raw, qcow2")
+    try disk(image + ",cache=fast", 64, "writeback, none, unsafe")
+    try disk(image + ",id=4/4", 64, "4/4")
+    try disk(image + ",format=qcow2", 66, "disk.raw")
+    try fails(
+      ["run", "hello", "--engine", "soft", "--disk", "\(image),id=a,readonly=on", "--disk", "\(image),id=a,readonly=on"],
+      status: 64, naming: "two disks are called a")
+    // The same image twice, written to: as QEMU's locks say.
+    try fails(
+      ["run", "hello", "--engine", "soft", "--disk", image, "--disk", image], status: 74, naming: "disk.raw")
+  }
 }

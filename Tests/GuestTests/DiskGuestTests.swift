@@ -230,4 +230,53 @@ struct DiskGuestTests {
     #expect(refused.output.contains("FAIL disk 0 record 1: the device answers status 1"), "\(refused.output)")
     #expect(try hostTool("qemu-io", "-c", "read -P 0 0 8M", disk).status == 0)
   }
+
+  /// The host's file system fills up: by default the machine stops, and loses nothing when there is room again.
+  @Test(.enabled(if: getuid() == 0, "needs root, to mount a small tmpfs"), arguments: engines, ["raw", "qcow2"])
+  func aFullHostStopsTheMachine(engine: String, format: String) throws {
+    let folder = try TemporaryFolder()
+    let small = folder.path + "/small"
+    try FileManager.default.createDirectory(atPath: small, withIntermediateDirectories: true)
+    let mounted = try hostTool("mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", small)
+    try #require(mounted.status == 0, "\(mounted.output)")
+    defer { _ = try? hostTool("umount", "-l", small) }
+    let disk = small + "/disk"
+    #expect(try hostTool("qemu-img", "create", "-q", "-f", format, disk, "8M").status == 0)
+    let socket = folder.path + "/control"
+    let process = Process()
+    let output = Pipe()
+    process.executableURL = URL(fileURLWithPath: VMM.path)
+    process.arguments =
+      arguments(engine, "mode=write records=1000 flush=10 depth=16", ["\(disk),format=\(format)"], cpus: 1)
+      + ["--control", "unix:\(socket)"]
+    process.standardInput = FileHandle.nullDevice
+    process.standardOutput = output
+    try process.run()
+    func status() throws -> String { try hostTool(VMM.path, "ctl", "unix:\(socket)", "query-status").output }
+    while process.isRunning, try !status().contains("io-error") { usleep(20_000) }
+    try #require(process.isRunning, "\(output.fileHandleForReading.availableData)")
+    // Again, while there still is no room.
+    #expect(try hostTool(VMM.path, "ctl", "unix:\(socket)", "cont").status == 0)
+    while process.isRunning, try !status().contains("io-error") { usleep(20_000) }
+    try #require(process.isRunning)
+    #expect(try hostTool("mount", "-o", "remount,size=64M", small).status == 0)
+    #expect(try hostTool(VMM.path, "ctl", "unix:\(socket)", "cont").status == 0)
+    let text = String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+    process.waitUntilExit()
+    #expect(process.terminationStatus == 0 && text.contains("disk: all passed"), "\(text)")
+    passes(try run(engine, "mode=verify records=1000 flush=10 expect=1000", "\(disk),format=\(format)"))
+    if format == "qcow2" { #expect(try hostTool("qemu-img", "check", disk).status == 0) }
+
+    // With werror=report the guest hears of it.
+    #expect(try hostTool("mount", "-o", "remount,size=12M", small).status == 0)
+    let second = small + "/second"
+    #expect(try hostTool("qemu-img", "create", "-q", "-f", format, second, "16M").status == 0)
+    let reported = try run(
+      engine, "mode=write records=4000 flush=10 depth=16", "\(second),format=\(format),werror=report")
+    #expect(reported.status == 3 && reported.output.contains("the device answers status 1"), "\(reported.output)")
+    if format == "qcow2" {
+      let checked = try hostTool("qemu-img", "check", second)
+      #expect(checked.status == 0 || checked.status == 3, "\(checked.output)")
+    }
+  }
 }

@@ -147,7 +147,8 @@ final class DriverQueue {
     let entry = deviceArea + 4 + UInt64(used % size) * 8
     let id = UInt16(truncatingIfNeeded: try driver.load(entry, as: UInt32.self))
     used &+= 1
-    free += try #require(chains.removeValue(forKey: id), "the device gives back \(id), which it does not have")
+    let chain = chains.removeValue(forKey: id)
+    free += try #require(chain, "the device gives back \(id), which it does not have")
     return Used(id: id, written: try driver.load(entry + 4))
   }
 
@@ -157,7 +158,8 @@ final class DriverQueue {
     guard (flags & 1 << 7 != 0) == usedWrap, (flags & 1 << 15 != 0) == usedWrap else { return nil }
     atomicMemoryFence(ordering: .acquiring)
     let id: UInt16 = try driver.load(entry + 12)
-    let count = try #require(chains.removeValue(forKey: id), "the device gives back \(id), which it does not have").count
+    let chain = chains.removeValue(forKey: id)
+    let count = try #require(chain, "the device gives back \(id), which it does not have").count
     free.append(id)
     freeEntries += count
     let next = Int(used) + count

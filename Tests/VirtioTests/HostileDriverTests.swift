@@ -1,6 +1,7 @@
 import DeviceTesting
 import Foundation
 import GuestMemory
+import PlatformDevices
 import Testing
 
 @testable import Virtio

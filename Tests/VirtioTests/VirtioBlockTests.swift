@@ -1,8 +1,10 @@
 import BlockLayer
+import DeviceModel
 import DeviceTesting
 import Glibc
 import GuestMemory
 import Host
+import PlatformDevices
 import StateTree
 import Synchronization
 import Testing
@@ -92,10 +94,12 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
   @Test func aDeviceStartsOnlyWithFeaturesThatItOffers() throws {
     let bench = try Bench()
     let driver = bench.driver
-    for (features, isAccepted) in [
-      (UInt64(1) << 32, true), (0, false), (1 << 32 | 1 << 40, false), (1 << 32 | 1 << 5, false),
-      (1 << 32 | 1 << 34 | 1 << 29 | 1 << 28 | 1 << 13, true),
-    ] {
+    let version1: UInt64 = 1 << 32
+    let all: UInt64 = version1 | 1 << 34 | 1 << 29 | 1 << 28 | 1 << 13
+    let cases: [(UInt64, Bool)] = [
+      (version1, true), (0, false), (version1 | 1 << 40, false), (version1 | 1 << 5, false), (all, true),
+    ]
+    for (features, isAccepted) in cases {
       driver.write(Driver.Common.status, 1, 0)
       #expect(driver.status == 0)
       driver.write(Driver.Common.status, 1, 3)
@@ -281,7 +285,10 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
 
     let stop = try Bench()
     let stops = Bench.Faults()
-    stop.block.onStop = { isWrite, reason in stops.add("\(isWrite) \(reason)") }
+    stop.block.onError = { report in
+      #expect(report.disk == "disk0" && report.isNoSpace == report.stops)
+      stops.add("\(report.isWrite) \(report.stops) \(report.reason)")
+    }
     try stop.driver.start()
     stop.onThread { stop.disk.errors = [noSpace, nil] }
     let data = [UInt8](repeating: 0x5a, count: 512)
@@ -289,7 +296,7 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
     _ = try stop.driver.queues[0].add(request.buffers)
     stop.driver.notify()
     #expect(stop.wait { stops.all.count == 1 })
-    #expect(stops.all == ["true \(noSpace)"])
+    #expect(stops.all == ["true true \(noSpace)"])
     // What is stopped waits, and the machine comes to rest with it.
     stop.pci.drain()
     #expect(try stop.driver.queues[0].reap() == [])
@@ -300,7 +307,7 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
     // An error that is not about room goes to the guest.
     stop.onThread { stop.disk.errors = [ioError] }
     #expect(try stop.driver.request(1, data: data)?.status == 1)
-    #expect(stops.all.count == 1)
+    #expect(stops.all == ["true true \(noSpace)", "true false \(ioError)"])
   }
 
   @Test func aDrainedDeviceTakesNothing() throws {
@@ -311,7 +318,7 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
     _ = try bench.driver.queues[0].add(first.buffers)
     bench.driver.notify()
     bench.onThread {}
-    bench.thread.loop.execute { bench.disk.release() }
+    bench.thread.loop.execute { [disk = bench.disk] in disk.release() }
     bench.pci.drain()
     // Drained means answered.
     #expect(try bench.driver.queues[0].reap().count == 1)
