@@ -1,4 +1,5 @@
 import Accelerator
+import DeviceModel
 
 /// What the machine is doing, in QEMU's words (`query-status`).
 public enum RunState: String, Sendable {
