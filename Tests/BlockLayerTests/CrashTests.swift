@@ -40,6 +40,7 @@ struct CrashTests {
     while tried < wanted {
       let workload = try Workload(shape, seed: Self.seed &* 1000 &+ round)
       try workload.run(operations: 120)
+      #expect(workload.file.changedUnderWay == 0)
       tried += try workload.crash(atMost: wanted - tried)
       round += 1
     }

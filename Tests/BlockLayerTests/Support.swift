@@ -58,6 +58,8 @@ final class RecordingFile: BlockFile {
   var isRecording = false
   /// Whether punching is carried out; it is a write of zeros.
   var punches = true
+  /// Writes whose memory was not the same at their completion as at their start.
+  var changedUnderWay = 0
   /// Makes everything fail from that entry of the log on.
   var failsFrom = Int.max
   let queue: ManualQueue?
@@ -102,8 +104,13 @@ final class RecordingFile: BlockFile {
       request.memory.copyOut(buffer.baseAddress!, from: 0, length: buffer.count)
       apply(Int(request.offset), UnsafeRawBufferPointer(buffer))
       let index = record(request.offset, UnsafeRawBufferPointer(buffer), completed: false)
-      buffer.deallocate()
       later { [self] in
+        // The host may read the memory until the request completes.
+        let now = UnsafeMutableRawBufferPointer.allocate(byteCount: buffer.count, alignment: 16)
+        request.memory.copyOut(now.baseAddress!, from: 0, length: now.count)
+        if memcmp(now.baseAddress!, buffer.baseAddress!, now.count) != 0 { changedUnderWay += 1 }
+        now.deallocate()
+        buffer.deallocate()
         if isRecording, case .write(var event) = log[index] {
           event.completed = log.count
           log[index] = .write(event)

@@ -188,7 +188,8 @@ final class Qcow2Write: Qcow2Request {
             memory.append(request.memory, from: start, length: Int(length))
             if let buffer = tail.buffer { memory.append(buffer.start, Int(tail.length)) }
           },
-          then: { [self] error in finish(allocation, error) })
+          // The host reads the edges' buffers until the transfer ends.
+          then: { [self, head, tail] error in withExtendedLifetime((head, tail)) { finish(allocation, error) } })
       }
     }
   }
