@@ -25,7 +25,24 @@ enum FileLocks {
   /// What an image's user lets nobody else do, reader or writer.
   private static let refused: [Permission] = [.write, .resize]
 
+  /// The kernel ends the transfers of a killed process, and with them its locks, a moment after the process.
+  private static let patience: (attempts: Int, microseconds: UInt32) = (50, 10_000)
+
   static func take(_ file: Int32, path: String, writable: Bool) throws(BlockError) {
+    var attempt = 1
+    while true {
+      do throws(BlockError) {
+        return try takeNow(file, path: path, writable: writable)
+      } catch {
+        guard case .locked = error, attempt < patience.attempts else { throw error }
+      }
+      release(file)
+      usleep(patience.microseconds)
+      attempt += 1
+    }
+  }
+
+  private static func takeNow(_ file: Int32, path: String, writable: Bool) throws(BlockError) {
     let used: [Permission] = writable ? [.consistentRead, .write, .resize] : [.consistentRead]
     let bytes = used.map { usedBase + $0.rawValue } + refused.map { refusedBase + $0.rawValue }
     for byte in bytes where clinux_lock_byte(file, byte, 1) < 0 {
