@@ -105,8 +105,9 @@ let package = Package(
     .executableTarget(
       name: "swiftvmm",
       dependencies: [
-        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host", "JSON",
-        "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator", "StateTree", "Virtio",
+        "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
+        "JSON", "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator",
+        "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.

@@ -66,8 +66,14 @@ public final class VirtioBlock: VirtioDevice {
   /// A device for `disk`, which belongs to `thread`.
   ///
   /// - Parameters:
+  ///   - name: unique in the machine.
+  ///   - disk: what the requests are for.
   ///   - serial: what the driver calls the disk; at most 20 bytes count.
+  ///   - memory: the guest's.
+  ///   - thread: where the device and the disk work.
   ///   - queues: how many; 1 or more.
+  ///   - readErrors: what becomes of a read that the host fails.
+  ///   - writeErrors: what becomes of any other request that the host fails.
   public init(
     name: String, disk: any BlockNode, serial: String, memory: GuestMemory, thread: IOThread, queues: Int = 1,
     readErrors: DiskErrorPolicy = .report, writeErrors: DiskErrorPolicy = .enospc

@@ -33,8 +33,14 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   /// A device of `host` whose queues `loop` runs.
   ///
   /// - Parameters:
+  ///   - device: what kind of device it is.
+  ///   - host: the bus.
   ///   - line: see `PCIHost.line`.
+  ///   - interrupts: where messages go.
+  ///   - memory: the guest's.
+  ///   - loop: the thread of the queues.
   ///   - onFault: told in one line, on any thread, when the driver has broken a queue.
+  /// - Throws: when the host gives no eventfd.
   public init(
     _ device: any VirtioDevice, host: PCIHost, line: InterruptLine.Source, interrupts: any InterruptSink,
     memory: GuestMemory, loop: EventLoop, onFault: @escaping @Sendable (String) -> Void = { _ in }

@@ -122,8 +122,9 @@ public final class Virtqueue {
     hasIndirect = features.contains(.indirectDescriptors)
     hasEventIndex = features.contains(.eventIndex)
     descriptors = try area("descriptor area", configuration.descriptors, count: size * 16, alignment: 16)
-    driver = try area("driver area", configuration.driver, count: isPacked ? 4 : 6 + 2 * size, alignment: isPacked ? 4 : 2)
-    device = try area("device area", configuration.device, count: isPacked ? 4 : 6 + 8 * size, alignment: 4)
+    let counts = isPacked ? (driver: 4, device: 4) : (driver: 6 + 2 * size, device: 6 + 8 * size)
+    driver = try area("driver area", configuration.driver, count: counts.driver, alignment: isPacked ? 4 : 2)
+    device = try area("device area", configuration.device, count: counts.device, alignment: 4)
     // A saved state is no more to be trusted than a guest.
     if isPacked {
       self.progress.nextAvailable %= configuration.size

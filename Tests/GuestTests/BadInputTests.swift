@@ -120,7 +120,10 @@ struct BadInputTests {
     try disk(image + ",id=4/4", 64, "4/4")
     try disk(image + ",format=qcow2", 66, "disk.raw")
     try fails(
-      ["run", "hello", "--engine", "soft", "--disk", "\(image),id=a,readonly=on", "--disk", "\(image),id=a,readonly=on"],
+      [
+        "run", "hello", "--engine", "soft", "--disk", "\(image),id=a,readonly=on", "--disk",
+        "\(image),id=a,readonly=on",
+      ],
       status: 64, naming: "two disks are called a")
     // The same image twice, written to: as QEMU's locks say.
     try fails(

@@ -21,8 +21,8 @@ import Testing
         "disk0: queue 0: \(error); the device stops until the guest's driver resets it"
       ])
     if way.hasMessages {
-      #expect(
-        bench.wait { bench.fixture.sink.takeMessages().contains(RecordingSink.Message(address: 0xfee0_0000, data: 0x30)) })
+      let message = RecordingSink.Message(address: 0xfee0_0000, data: 0x30)
+      #expect(bench.wait { bench.fixture.sink.takeMessages().contains(message) })
     }
     // Said once, whatever the guest does meanwhile.
     for _ in 0..<5 { bench.driver.notify() }

@@ -135,7 +135,8 @@ private let ioError = BlockError.io(call: "read", path: "disk", errno: EIO)
     #expect(try bench.driver.request(4)?.status == 0)
     #expect(bench.onThread { bench.disk.flushes } == 1)
     let identity = try bench.driver.request(8, room: 20)
-    #expect(identity?.status == 0 && identity.map { String(decoding: $0.data, as: UTF8.self) } == "a serial number of a")
+    #expect(identity?.status == 0)
+    #expect(identity.map { String(decoding: $0.data, as: UTF8.self) } == "a serial number of a")
     // Zeroes, which may be unmapped; and a discard, which changes nothing here.
     func range(_ sector: UInt64, _ count: UInt32, _ flags: UInt32) -> [UInt8] {
       withUnsafeBytes(of: (sector, count, flags)) { Array($0) }
