@@ -79,7 +79,7 @@ public struct MachineBuilder {
     }
     let platform = try MachinePlatform(
       configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link, interrupts: interrupts,
-      epoch: virtualMachine.virtualTime == nil ? Int64(time(nil)) : VirtualClock.epoch)
+      isDeterministic: virtualMachine.virtualTime != nil)
     let exitTrace = try connectTraces(vcpus)
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,

@@ -2,6 +2,7 @@ import Accelerator
 import BlockLayer
 import Boot
 import DeviceModel
+import Glibc
 import GuestMemory
 import Host
 import PlatformDevices
@@ -19,23 +20,22 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
-    epoch: Int64
+    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts, isDeterministic: Bool
   ) throws(MachineError) {
     do throws(DeviceModelError) {
       try self.init(
         platform: configuration, kind: kind, memory: memory, map: map, clock: clock, machine: machine,
-        interrupts: interrupts, epoch: epoch)
+        interrupts: interrupts, isDeterministic: isDeterministic)
     } catch {
       throw .device(error)
     }
-    try addDisks(configuration, memory: memory, interrupts: interrupts.sink, machine: machine)
+    try addDisks(
+      configuration, memory: memory, interrupts: interrupts.sink, machine: machine, isDeterministic: isDeterministic)
   }
 
   private init(
     platform configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
-    epoch: Int64
+    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts, isDeterministic: Bool
   ) throws(DeviceModelError) {
     let sink = interrupts.sink
     // Devices on one interrupt share its line.
@@ -55,7 +55,8 @@ struct MachinePlatform {
     try add(power)
     for controller in interrupts.devices { try add(controller) }
     let rtc = RealTimeClock(
-      line: line(RealTimeClock.interrupt), clock: clock, contents: contents, epoch: epoch
+      line: line(RealTimeClock.interrupt), clock: clock, contents: contents,
+      epoch: isDeterministic ? VirtualClock.epoch : Int64(time(nil))
     ) { power.signalAlarm() }
     try add(rtc)
     if interrupts.model != .inKernel {
@@ -88,7 +89,7 @@ struct MachinePlatform {
   /// Disks are the functions after the host bridge, in their order.
   private mutating func addDisks(
     _ configuration: MachineConfiguration, memory: GuestMemory, interrupts: any InterruptSink,
-    machine: any MachineControl
+    machine: any MachineControl, isDeterministic: Bool
   ) throws(MachineError) {
     guard let disks = configuration.disks else { return }
     for (index, disk) in disks.disks.enumerated() {
@@ -102,7 +103,7 @@ struct MachinePlatform {
       do throws(HostError) {
         device = try VirtioPCI(
           block, host: pci, line: pci.line(device: address.device), interrupts: interrupts, memory: memory,
-          loop: disks.thread.loop, onFault: configuration.onDeviceFault)
+          loop: disks.thread.loop, isSynchronous: isDeterministic, onFault: configuration.onDeviceFault)
       } catch {
         throw .host(error)
       }

@@ -23,6 +23,7 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   private let notifiers: [QueueNotifier]
   /// Where in configuration space the window on the BAR is.
   private let window: Int
+  private let isSynchronous: Bool
   private let onFault: @Sendable (String) -> Void
   let registers: Mutex<Registers>
   /// The queues that the device works on. The I/O loop's, but for when the device is drained.
@@ -39,16 +40,20 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   ///   - interrupts: where messages go.
   ///   - memory: the guest's.
   ///   - loop: the thread of the queues.
+  ///   - isSynchronous: whether a notification ends when what it is about has been done and told: for machines that do the
+  ///     same at every run.
   ///   - onFault: told in one line, on any thread, when the driver has broken a queue.
   /// - Throws: when the host gives no eventfd.
   public init(
     _ device: any VirtioDevice, host: PCIHost, line: InterruptLine.Source, interrupts: any InterruptSink,
-    memory: GuestMemory, loop: EventLoop, onFault: @escaping @Sendable (String) -> Void = { _ in }
+    memory: GuestMemory, loop: EventLoop, isSynchronous: Bool = false,
+    onFault: @escaping @Sendable (String) -> Void = { _ in }
   ) throws(HostError) {
     name = device.name
     self.device = device
     self.memory = memory
     self.loop = loop
+    self.isSynchronous = isSynchronous
     self.onFault = onFault
     let (configuration, window) = Self.configuration(of: device)
     self.window = window
@@ -107,7 +112,8 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
     case Layout.common..<Layout.interruptStatus: writeCommon(Int(offset), size, value)
     case Layout.notify..<Layout.end:
       let index = Int((offset - Layout.notify) / Layout.notifyStep)
-      if index < notifiers.count { notifiers[index].event.signal() }
+      guard index < notifiers.count else { break }
+      if isSynchronous { serve(index) } else { notifiers[index].event.signal() }
     default: break
     }
   }
@@ -203,15 +209,30 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   }
 
   private func process(_ index: Int) {
-    // A device that may not reach memory (PCI's bus master bit) takes no requests;
-    // it then looks again.
+    if begin(index) { notifiers[index].event.signal() }
+  }
+
+  /// Begins requests of a queue; true where some are left. A device that may not reach memory (PCI's bus master bit) takes
+  /// none, and looks again when it may.
+  private func begin(_ index: Int) -> Bool {
     guard queues.indices.contains(index), queues[index] != nil, function.isBusMaster,
       !isBroken.load(ordering: .relaxed)
-    else { return }
+    else { return false }
     do throws(VirtqueueError) {
-      if try device.process(queue: index) { notifiers[index].event.signal() }
+      return try device.process(queue: index)
     } catch {
       fail(index, error)
+      return false
+    }
+  }
+
+  /// Returns when all requests of a queue have been answered.
+  private func serve(_ index: Int) {
+    var isMore = true
+    while isMore {
+      isMore = onLoop { [self] in begin(index) }
+      drain()
+      onLoop { [self] in device.undrain() }
     }
   }
 
@@ -224,13 +245,13 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
   }
 
   /// Runs `body` on the I/O loop and waits for it.
-  private func onLoop(_ body: @escaping @Sendable () -> Void) {
-    let done = Condition(false)
+  private func onLoop<Result: Sendable>(_ body: @escaping @Sendable () -> Result) -> Result {
+    let outcome = Condition<Result?>(nil)
     loop.execute {
-      body()
-      done.withLock { $0 = true }
+      let result = body()
+      outcome.withLock { $0 = result }
     }
-    _ = done.wait { $0 ? true : nil }
+    return outcome.wait { $0 }
   }
 
   /// Waits until nothing is under way, and takes the queues away.

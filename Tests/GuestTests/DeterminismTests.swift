@@ -52,6 +52,20 @@ struct DeterminismTests {
     #expect(try run([guest, "--cpus", "\(cpus)"]) == first)
   }
 
+  @Test(arguments: ["split", "packed"], [1, 2]) func disksRepeatThemselves(_ queue: String, cpus: Int) throws {
+    let folder = try TemporaryFolder()
+    let runs = try (0..<2).map { round in
+      let disk = folder.path + "/disk\(round)"
+      try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", disk, "16M").status == 0)
+      return try run([
+        "disk", "--cpus", "\(cpus)", "--disk", disk, "--append", "mode=write queue=\(queue) records=200 depth=16",
+      ])
+    }
+    #expect(runs[0].status == 0, "\(runs[0].output)")
+    #expect(runs[0].output.contains("disk: all passed"), "\(runs[0].output)")
+    #expect(runs[0] == runs[1])
+  }
+
   /// Idle time costs nothing: a second of it passes at once, and is a second for the guest all the same.
   @Test func virtualTimeIsInTheReport() throws {
     let run = try run(["ticks"])
