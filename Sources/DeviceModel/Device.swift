@@ -41,6 +41,8 @@ public enum MachineRequest: Equatable, Sendable {
   case debugExit(UInt32)
   /// The host failed a device's I/O: all are told, and by its policy the machine stops.
   case ioError(IOErrorReport)
+  /// The guest has given up the PCI device at this place on bus 0, which has left the bus.
+  case ejected(slot: UInt8)
 }
 
 /// A request of the guest's to a disk that the host has failed.

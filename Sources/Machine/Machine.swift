@@ -1,4 +1,5 @@
 import Accelerator
+import BlockLayer
 import Boot
 import DeviceModel
 import GuestMemory
@@ -24,8 +25,8 @@ public final class Machine: MachineControl {
   public let counters: [ExitCounters]
   /// COM1, whose input comes from outside.
   public var serial: Serial16550 { platform.serial }
-  /// Every device, in the order in which they were attached.
-  public var devices: [any Device] { platform.devices }
+  /// Every device, in the order in which they were attached, disks last.
+  public var devices: [any Device] { platform.devices + platform.disks.devices }
 
   private var drainable: [any DrainableDevice] { devices.compactMap { $0 as? any DrainableDevice } }
 
@@ -325,7 +326,7 @@ public final class Machine: MachineControl {
   public func request(_ request: MachineRequest) {
     switch request {
     // A wake-up may come at any time and means nothing to a machine that does not sleep.
-    case .wake: break
+    case .wake, .ejected: break
     case .ioError(let report): if report.stops { gate.close() }
     default: gate.close()
     }
@@ -336,12 +337,28 @@ public final class Machine: MachineControl {
       case .reset: reset(byGuest: true)
       case .suspend: suspend()
       case .wake: wake()
+      case .ejected(let slot):
+        if let name = platform.disks.remove(slot: slot) { emit(.deviceDeleted(name)) }
       case .ioError(let report):
         emit(.ioError(report))
         if report.stops { pause(as: .ioError) }
       }
     }
   }
+
+  // MARK: Hot-plug
+
+  /// Plugs a disk in and tells the guest. It belongs to the machine until `deviceDeleted`, or the end.
+  ///
+  /// Errors: `diskName` and `disks`, where the name is taken or the bus is full.
+  public func plugIn(_ disk: MachineDisk, on thread: IOThread) throws(MachineError) {
+    try platform.disks.add(disk, on: thread, announcing: true)
+  }
+
+  /// Asks the guest to give a disk up; `deviceDeleted` follows when it has, or at its next reset.
+  ///
+  /// Errors: `noDisk`.
+  public func requestUnplug(_ name: String) throws(MachineError) { try platform.disks.requestRemoval(of: name) }
 
   // MARK: vCPU threads
 

@@ -30,6 +30,8 @@ public struct MachineBuilder {
     let model = try interruptModel()
     var description = ACPIConfiguration(cpus: configuration.cpus, pciWindow64: Self.pciWindow64(map))
     description.hasHPET = model != .inKernel
+    description.systemBus = [PCIHotplugObjects.systemBus(port: UInt16(PCIHotplug.port), slots: PCIHotplug.slots)]
+    description.generalEvents = [PCIHotplugObjects.generalEvent(PCIHotplug.event)]
     let tables = try boot { () throws(BootError) in
       try ACPITables(description, firmware: configuration.firmware)
     }

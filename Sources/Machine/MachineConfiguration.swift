@@ -85,8 +85,8 @@ public struct MachineConfiguration: Sendable {
     self.serial = serial
   }
 
-  /// Places for PCI functions beside the host bridge.
-  public static let maximumDisks = 30
+  /// Places for PCI devices beside the host bridge.
+  public static let maximumDisks = PCIHotplug.slots.count
 
   func validate() throws(MachineError) {
     guard (1...Self.maximumCPUs).contains(cpus) else { throw .cpus(asked: cpus, limit: Self.maximumCPUs) }

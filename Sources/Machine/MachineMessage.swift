@@ -17,6 +17,8 @@ public enum MachineError: Error, CustomStringConvertible {
   case disks(asked: Int, limit: Int)
   /// Two disks have one name.
   case diskName(String)
+  /// No disk has the name.
+  case noDisk(String)
   case memory(GuestMemoryError)
   case accelerator(AcceleratorError)
   case device(DeviceModelError)
@@ -34,6 +36,7 @@ public enum MachineError: Error, CustomStringConvertible {
       "engine \(engine) has no \(asked == .split ? "local APICs" : "interrupt controllers") of its own here: "
         + "use --kernel-irqchip off"
     case .disks(let asked, let limit): "\(asked) disks do not fit: --disk may be given \(limit) times"
+    case .noDisk(let name): "there is no disk \(name)"
     case .diskName(let name): "two disks are called \(name): give one of them another id="
     case .memory(let error): "\(error)"
     case .accelerator(let error): "\(error)"

@@ -17,6 +17,8 @@ struct MachinePlatform {
   let serial: Serial16550
   /// Where PCI functions are added.
   let pci: PCIHost
+  /// The disks, which come and go.
+  let disks: DiskSlots
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
@@ -29,8 +31,8 @@ struct MachinePlatform {
     } catch {
       throw .device(error)
     }
-    try addDisks(
-      configuration, memory: memory, interrupts: interrupts.sink, machine: machine, isDeterministic: isDeterministic)
+    guard let configured = configuration.disks else { return }
+    for disk in configured.disks { try disks.add(disk, on: configured.thread, announcing: false) }
   }
 
   private init(
@@ -48,6 +50,10 @@ struct MachinePlatform {
     let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
     self.power = power
     pci = PCIHost(ports: ports, memory: memoryBus, interrupts: sink)
+    let hotplug = PCIHotplug(host: pci, power: power, machine: machine)
+    disks = DiskSlots(
+      configuration, pci: pci, hotplug: hotplug, memory: memory, interrupts: sink, machine: machine,
+      isDeterministic: isDeterministic)
     serial = Serial16550(name: "serial0", line: line(4), output: configuration.serial)
     let contents = RealTimeClock.Contents(
       lowMemory: map.lowRAM.size, highMemory: map.highRAM?.size ?? 0, cpus: configuration.cpus)
@@ -80,35 +86,11 @@ struct MachinePlatform {
     if kind == .multiboot { try add(TestDevice(lines: TestDevice.interrupts.map { line($0) })) }
     try add(DebugConsole(output: configuration.serial))
     try add(pci)
+    try add(hotplug)
     try add(PCIHostBridge(host: pci, interrupts: sink), at: PCIHostBridge.address)
     try add(
       FirmwareConfiguration(
         memory: memory, items: Self.firmwareItems(configuration), files: [("etc/e820", map.e820)]))
-  }
-
-  /// Disks are the functions after the host bridge, in their order.
-  private mutating func addDisks(
-    _ configuration: MachineConfiguration, memory: GuestMemory, interrupts: any InterruptSink,
-    machine: any MachineControl, isDeterministic: Bool
-  ) throws(MachineError) {
-    guard let disks = configuration.disks else { return }
-    for (index, disk) in disks.disks.enumerated() {
-      let address = PCIAddress(device: UInt8(index + 1))
-      let block = VirtioBlock(
-        name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: disks.thread,
-        queues: min(configuration.cpus, VirtioBlock.maximumQueues), readErrors: disk.readErrors,
-        writeErrors: disk.writeErrors)
-      block.onError = { machine.request(.ioError($0)) }
-      let device: VirtioPCI
-      do throws(HostError) {
-        device = try VirtioPCI(
-          block, host: pci, line: pci.line(device: address.device), interrupts: interrupts, memory: memory,
-          loop: disks.thread.loop, isSynchronous: isDeterministic, onFault: configuration.onDeviceFault)
-      } catch {
-        throw .host(error)
-      }
-      do throws(DeviceModelError) { try add(device, at: address) } catch { throw .device(error) }
-    }
   }
 
   private mutating func add(_ device: any PlatformDevice) throws(DeviceModelError) {

@@ -54,6 +54,8 @@ public enum MachineEvent: Sendable {
   case wokeUp
   /// The host failed a request to a disk; where the report says so, `stopped` follows.
   case ioError(IOErrorReport)
+  /// The guest has given a device up that was asked for: it is the machine's no longer.
+  case deviceDeleted(String)
   /// The guest crashed.
   case panicked
   /// The run is over; `reason` is QEMU's (`guest-shutdown`, `host-qmp-quit`, ...).

@@ -55,6 +55,11 @@ public struct QMPEvent: Equatable, Sendable {
     QMPEvent("GUEST_PANICKED", ["action": pausing ? "pause" : "poweroff"])
   }
 
+  /// The guest has given a device up, which is gone.
+  public static func deviceDeleted(_ id: String) -> QMPEvent {
+    QMPEvent("DEVICE_DELETED", ["device": .string(id), "path": .string("/machine/peripheral/\(id)")])
+  }
+
   /// The host failed a request of the guest's to a disk (`BLOCK_IO_ERROR` of QEMU's block-core.json).
   public static func blockIOError(
     device: String, isWrite: Bool, stops: Bool, isNoSpace: Bool, reason: String
@@ -79,6 +84,7 @@ public struct QMPEvent: Equatable, Sendable {
       "GUEST_PANICKED",
       [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]
     ),
+    ("DEVICE_DELETED", [.optional("device", .string), .required("path", .string)]),
     (
       "BLOCK_IO_ERROR",
       [

@@ -377,4 +377,7 @@ public final class VirtioBlock: VirtioDevice {
     untold = []
     isDraining = false
   }
+
+  /// Lets go of the disks' thread.
+  public func disconnect() { thread.removeObserver(self) }
 }

@@ -29,4 +29,6 @@ public protocol VirtioDevice: AnyObject {
   func undrain()
   /// The queues are gone. Called when drained.
   func stop()
+  /// The machine has lost the device, which has stopped.
+  func disconnect()
 }

@@ -71,9 +71,13 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
     }
   }
 
-  /// Takes the queues' eventfds off the loop. The machine no longer runs, or has lost the device.
+  /// Lets go of the loop, when nothing is under way any more: the machine has lost the device.
   public func disconnect() {
-    for notifier in notifiers { loop.remove(notifier.event.descriptor.rawValue) }
+    quiesce()
+    onLoop { [self] in
+      for notifier in notifiers { loop.remove(notifier.event.descriptor.rawValue) }
+      device.disconnect()
+    }
   }
 
   /// What the device offers.

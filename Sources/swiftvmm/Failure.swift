@@ -71,7 +71,7 @@ enum Failure: Error {
 
   private static func status(_ error: MachineError) -> ExitStatus {
     switch error {
-    case .cpus, .memorySize, .disks, .diskName: .usage
+    case .cpus, .memorySize, .disks, .diskName, .noDisk: .usage
     case .interruptControllers: .unavailable
     case .boot, .state: .badInput
     case .accelerator(let error): status(error)

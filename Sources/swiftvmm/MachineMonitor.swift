@@ -39,6 +39,7 @@ final class MachineMonitor: MonitorTarget {
           .blockIOError(
             device: report.disk, isWrite: report.isWrite, stops: report.stops, isNoSpace: report.isNoSpace,
             reason: report.reason))
+      case .deviceDeleted(let name): server.emit(.deviceDeleted(name))
       case .panicked: server.emit(.guestPanicked(pausing: false))
       case .shutdown(_, let reason): server.emit(.shutdown(QMPEvent.Cause(rawValue: reason) ?? .hostError))
       case .suspended: server.emit(.suspend)

@@ -98,6 +98,9 @@ public struct AML: Equatable, Sendable {
   /// `target = a & b`.
   public static func and(_ a: AML, _ b: AML, in target: AML) -> AML { AML([0x7b] + a.bytes + b.bytes + target.bytes) }
 
+  /// `a & b`.
+  public static func bitAnd(_ a: AML, _ b: AML) -> AML { AML([0x7b] + a.bytes + b.bytes + [0]) }
+
   /// `target = a | b`.
   public static func or(_ a: AML, _ b: AML, in target: AML) -> AML { AML([0x7d] + a.bytes + b.bytes + target.bytes) }
 
@@ -115,6 +118,20 @@ public struct AML: Equatable, Sendable {
 
   /// Leaves the method with a value.
   public static func `return`(_ value: AML) -> AML { AML([0xa4] + value.bytes) }
+
+  /// Tells the operating system something about a device (ACPI 6.5, 5.6.6).
+  public static func notify(_ path: String, _ value: UInt64) -> AML { AML([0x86] + name(path) + integer(value).bytes) }
+
+  /// Names a range of ports.
+  public static func operationRegion(_ path: String, port: UInt16, size: UInt64) -> AML {
+    AML([0x5b, 0x80] + name(path) + [1] + integer(UInt64(port)).bytes + integer(size).bytes)
+  }
+
+  /// Names a region's registers of 32 bits, which are written as wholes.
+  public static func dwordFields(_ region: String, _ names: [String]) -> AML {
+    // DWordAcc, NoLock, WriteAsZeros; a length of 32 bits behind each name.
+    AML([0x5b, 0x81] + sized(name(region) + [0x43] + names.flatMap { name($0) + [32] }))
+  }
 
   /// Names 32 bits of a buffer.
   public static func dwordField(_ path: String, of buffer: AML, at offset: UInt64) -> AML {

@@ -83,7 +83,7 @@ enum DSDT {
           "_CRS",
           ACPIResource.template([
             .memory(base: UInt32(Platform.ecam.start.rawValue), size: UInt32(Platform.ecam.size)),
-            .io(0x600, count: 0x40), .io(0x510, count: 12), .io(0xf4, count: 4),
+            .io(0x600, count: 0x40), .io(0x510, count: 12), .io(0xf4, count: 4), .io(0xae00, count: 16),
           ])),
       ])
   }

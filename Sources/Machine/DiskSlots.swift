@@ -1,0 +1,83 @@
+import BlockLayer
+import DeviceModel
+import GuestMemory
+import Host
+import PlatformDevices
+import Synchronization
+import Virtio
+
+/// The machine's virtio disks by their places on PCI bus 0: those it was built with, and those that came since.
+final class DiskSlots: Sendable {
+  private let pci: PCIHost
+  private let hotplug: PCIHotplug
+  private let memory: GuestMemory
+  private let interrupts: any InterruptSink
+  private let machine: any MachineControl
+  private let queues: Int
+  private let isDeterministic: Bool
+  private let onFault: @Sendable (String) -> Void
+  private let disks = Mutex<[UInt8: VirtioPCI]>([:])
+
+  init(
+    _ configuration: MachineConfiguration, pci: PCIHost, hotplug: PCIHotplug, memory: GuestMemory,
+    interrupts: any InterruptSink, machine: any MachineControl, isDeterministic: Bool
+  ) {
+    self.pci = pci
+    self.hotplug = hotplug
+    self.memory = memory
+    self.interrupts = interrupts
+    self.machine = machine
+    queues = min(configuration.cpus, VirtioBlock.maximumQueues)
+    self.isDeterministic = isDeterministic
+    onFault = configuration.onDeviceFault
+  }
+
+  /// In the order of their places.
+  var devices: [VirtioPCI] { disks.withLock { disks in disks.sorted { $0.key < $1.key }.map(\.value) } }
+
+  subscript(_ name: String) -> VirtioPCI? { disks.withLock { disks in disks.values.first { $0.name == name } } }
+
+  /// Puts a disk at the first free place; with `announcing`, the guest is told.
+  func add(_ disk: MachineDisk, on thread: IOThread, announcing: Bool) throws(MachineError) {
+    let block = VirtioBlock(
+      name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: thread, queues: queues,
+      readErrors: disk.readErrors, writeErrors: disk.writeErrors)
+    block.onError = { [machine] in machine.request(.ioError($0)) }
+    let slot = try disks.withLock { disks throws(MachineError) in
+      guard !disks.values.contains(where: { $0.name == disk.name }) else { throw .diskName(disk.name) }
+      guard let slot = PCIHotplug.slots.first(where: { disks[$0] == nil }) else {
+        throw .disks(asked: disks.count + 1, limit: MachineConfiguration.maximumDisks)
+      }
+      let address = PCIAddress(device: slot)
+      let device: VirtioPCI
+      do throws(HostError) {
+        device = try VirtioPCI(
+          block, host: pci, line: pci.line(device: slot), interrupts: interrupts, memory: memory, loop: thread.loop,
+          isSynchronous: isDeterministic, onFault: onFault)
+      } catch {
+        throw .host(error)
+      }
+      guard pci.add(device, at: address) else {
+        throw .device(.slotTaken(device: disk.name, address: "\(address)"))
+      }
+      disks[slot] = device
+      return slot
+    }
+    hotplug.insert(slot, announcing: announcing)
+  }
+
+  /// Asks the guest to give a disk up.
+  func requestRemoval(of name: String) throws(MachineError) {
+    let slot = disks.withLock { disks in disks.first { $0.value.name == name }?.key }
+    guard let slot else { throw .noDisk(name) }
+    hotplug.requestEject(slot)
+  }
+
+  /// Lets go of a disk that has left the bus, when nothing of it is under way any more, and returns its name.
+  func remove(slot: UInt8) -> String? {
+    guard let device = disks.withLock({ $0[slot] }) else { return nil }
+    device.disconnect()
+    disks.withLock { $0[slot] = nil }
+    return device.name
+  }
+}
