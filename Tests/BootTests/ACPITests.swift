@@ -12,9 +12,13 @@ import Testing
     all.hasKeyboardController = true
     all.systemBus = [
       .device(
-        "HPC0", [.name("_HID", .eisaID("PNP0A06")), .name("_UID", .string("hotplug")), .name("SEEN", .integer(0))])
+        "HPC0", [.name("_HID", .eisaID("PNP0A06")), .name("_UID", .string("hotplug")), .name("SEEN", .integer(0))]),
+      PCIHotplugObjects.systemBus(port: 0xae00, slots: 1...31),
     ]
-    all.generalEvents = [.method("_E02", [.store(.integer(0x12_3456_789a), in: .path("\\_SB.HPC0.SEEN"))])]
+    all.generalEvents = [
+      .method("_E02", [.store(.integer(0x12_3456_789a), in: .path("\\_SB.HPC0.SEEN"))]),
+      PCIHotplugObjects.generalEvent(1),
+    ]
     return [ACPIConfiguration(cpus: 1), ACPIConfiguration(cpus: 254), ACPIConfiguration(cpus: 300), all]
   }
 

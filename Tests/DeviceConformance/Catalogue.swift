@@ -102,6 +102,10 @@ let catalogue: [CatalogueEntry] = [
   CatalogueEntry(name: "test device") { fixture in
     TestDevice(lines: TestDevice.interrupts.map { fixture.line($0) })
   },
+  CatalogueEntry(name: "PCI hot-plug") { fixture in
+    let power = ACPIPowerManagement(line: fixture.line(9), clock: fixture.clock, machine: fixture.machine)
+    return PCIHotplug(host: fixture.pciHost(), power: power, machine: fixture.machine)
+  },
   CatalogueEntry(name: "PCI host") { $0.pciHost() },
   CatalogueEntry(pci: "PCI host bridge", bars: [:]) { PCIHostBridge(host: $1, interrupts: $0.sink) },
   CatalogueEntry(pci: "PCI sample", bars: SamplePCIDevice.bars) { SamplePCIDevice(host: $1, interrupts: $0.sink) },

@@ -76,7 +76,7 @@ struct SmallMachine {
     configuration.cpus = cpus
     var platform = try MachinePlatform(
       configuration, kind: nil, memory: memory, map: MemoryMap(size: range.size), clock: clock, machine: link,
-      interrupts: interrupts, epoch: 0)
+      interrupts: interrupts, isDeterministic: false)
     try platform.add(recorder, port: 0x80, size: 1)
     let load: @Sendable (GuestMemory) throws(MachineError) -> BootEntry = { memory throws(MachineError) in
       do throws(GuestMemoryError) {

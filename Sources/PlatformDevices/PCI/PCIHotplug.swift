@@ -123,9 +123,6 @@ public final class PCIHotplug: PlatformDevice {
     let (up, down) = try node.read(name, versions: 1...1) { reader, _ throws(StateError) in
       (try reader.read(UInt32.self), try reader.read(UInt32.self))
     }
-    state.withLock { state in
-      state.up = up & state.present
-      state.down = down & state.present
-    }
+    state.withLock { ($0.up, $0.down) = (up, down) }
   }
 }
