@@ -76,6 +76,10 @@ let package = Package(
       settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
 
+    // Policies on top of views. Signatures are checked here: always optimised.
+    library(
+      "LoaderHardening", ["Accelerator", "GuestMemory", "Host", "JSON", "MemoryViews"], settings: hot),
+
     // Disks.
     .target(
       name: "BlockLayer", dependencies: ["CCompression", "CLinux", "Host"], swiftSettings: strict,
@@ -106,7 +110,7 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
-        "JSON", "KVMAccelerator", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator",
+        "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator",
         "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
@@ -119,6 +123,9 @@ let package = Package(
     tests("StateTreeTests", ["StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
+    tests(
+      "LoaderHardeningTests",
+      ["Accelerator", "GuestMemory", "Host", "JSON", "LoaderHardening", "MemoryViews", "SoftAccelerator"]),
     // The physical CPU, an instruction at a time.
     .target(name: "NativeRunner", path: "Tests/Support/NativeRunner"),
     // Random code and states for the software CPU.

@@ -59,6 +59,8 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let controllerRegisters = Self(rawValue: 1 << 11)
   /// `limitInstructions`.
   public static let instructionLimit = Self(rawValue: 1 << 12)
+  /// `pin`.
+  public static let registerPinning = Self(rawValue: 1 << 14)
   /// Data watchpoints on reads alone.
   public static let readWatchpoints = Self(rawValue: 1 << 13)
 }
@@ -100,6 +102,12 @@ public protocol VirtualMachine: AnyObject, Sendable {
   /// Pages that the vCPUs' dirty rings hold, as (slot, page in the slot); the rings are empty afterwards.
   func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)]
 
+  /// A view of this machine: all of memory with all rights, or what `base` says now.
+  func makeView(base: MemoryView?) throws(AcceleratorError) -> MemoryView
+  /// Changes rights in views; every vCPU obeys the new ones before this returns, but for what the caller's own vCPU does
+  /// before its next `run`. Not from two threads at once for one view.
+  func change(_ changes: [ViewChange]) throws(AcceleratorError)
+
   /// Guest time that the vCPUs' instructions make, where it comes from them: then no two vCPUs may run at once.
   var virtualTime: (any VirtualTime)? { get }
   /// Guest time of the paravirtual clock in nanoseconds, where there is one.
@@ -123,6 +131,40 @@ public protocol VirtualTime: AnyObject, Sendable {
 extension VirtualMachine {
   /// nil: time is the host's.
   public var virtualTime: (any VirtualTime)? { nil }
+}
+
+/// New rights for pages of a view.
+public struct ViewChange: Sendable {
+  /// The view.
+  public var view: MemoryView
+  /// The pages: every one that the range touches; nil: those that the view has no entry for.
+  public var range: GuestRange?
+  /// What may be done with them.
+  public var rights: PageRights
+
+  /// New rights for a range, or for the pages without an entry.
+  public init(_ view: MemoryView, _ range: GuestRange?, _ rights: PageRights) {
+    self.view = view
+    self.range = range
+    self.rights = rights
+  }
+
+  /// Writes them into the view; vCPUs may go on by the old ones.
+  public func apply() {
+    if let range { view.set(rights, for: range) } else { view.defaultRights = rights }
+  }
+}
+
+extension VirtualMachine {
+  /// Refused: there are no views here.
+  public func makeView(base: MemoryView?) throws(AcceleratorError) -> MemoryView {
+    throw .unsupported(engine: "kvm", what: "memory views")
+  }
+
+  /// Refused: there are no views here.
+  public func change(_ changes: [ViewChange]) throws(AcceleratorError) {
+    throw .unsupported(engine: "kvm", what: "memory views")
+  }
 }
 
 /// One virtual CPU.
@@ -181,6 +223,9 @@ public protocol VirtualCPU: AnyObject, Sendable {
   /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
   /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
   func selectView(_ view: MemoryView?) throws(AcceleratorError)
+  /// Makes instructions that would change one of these registers an exit (bits: only where they would be cleared); an empty
+  /// set lifts that. Only where `.registerPinning` is among the capabilities; on the vCPU's thread.
+  func pin(_ registers: Set<PinnedRegister>) throws(AcceleratorError)
   /// What `selectView` chose last.
   var activeView: MemoryView? { get }
   /// Gives the vCPU the PIC's interrupts, once and before the first run, where only the local APICs are the accelerator's
@@ -209,6 +254,11 @@ extension VirtualCPU {
 
   /// nil: there are no views here.
   public var activeView: MemoryView? { nil }
+
+  /// Refused: nobody sees those instructions here.
+  public func pin(_ registers: Set<PinnedRegister>) throws(AcceleratorError) {
+    throw .unsupported(engine: "kvm", what: "pinned registers")
+  }
 
   /// Refused: there are no views here.
   public func selectView(_ view: MemoryView?) throws(AcceleratorError) {

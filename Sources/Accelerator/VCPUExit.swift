@@ -27,6 +27,8 @@ public enum VCPUExit {
   case memoryFault(GuestPhysicalAddress, size: UInt64, flags: UInt64)
   /// An access that the active view forbids; the state is the one before the instruction, which runs again.
   case viewViolation(ViewViolation)
+  /// An instruction that would change a register that `pin` named; it runs again.
+  case pinnedRegister(PinnedRegister, value: UInt64)
   /// An end of interrupt for a level-triggered vector, for an IOAPIC in the VMM.
   case endOfInterrupt(vector: UInt8)
   /// A dirty ring is full: collect before running on.
@@ -130,13 +132,16 @@ public struct ViewViolation: Equatable, Sendable {
   public let linear: UInt64
   /// The right that is missing.
   public let missing: PageRights
+  /// The instruction pointer: of the instruction that made the access, or that was to be fetched.
+  public let rip: UInt64
 
   /// A violation as the accelerator saw it.
-  public init(view: UInt32, address: GuestPhysicalAddress, linear: UInt64, missing: PageRights) {
+  public init(view: UInt32, address: GuestPhysicalAddress, linear: UInt64, missing: PageRights, rip: UInt64) {
     self.view = view
     self.address = address
     self.linear = linear
     self.missing = missing
+    self.rip = rip
   }
 }
 

@@ -53,6 +53,8 @@ public final class GuestMemory: Sendable {
 
   private let mapping: MemoryMapping
   private let isObserved = Atomic(false)
+  private let isGuarded = Atomic(false)
+  private let deviceGuard = Mutex<(@Sendable (GuestPhysicalAddress, Int, Bool) -> Bool)?>(nil)
   private let observer = Mutex<(@Sendable (UnsafeMutableRawPointer, Int) -> Void)?>(nil)
   private nonisolated(unsafe) let table: UnsafeMutablePointer<GuestRegion>
 
@@ -107,6 +109,28 @@ public final class GuestMemory: Sendable {
       }
     }
     return nil
+  }
+
+  /// `hostPointer` on behalf of a device; nil also where `setDeviceGuard`'s says no.
+  @inline(__always)
+  public func devicePointer(
+    _ address: GuestPhysicalAddress, count: Int, isWrite: Bool
+  ) -> UnsafeMutableRawPointer? {
+    guard allowsDevice(address, count: count, isWrite: isWrite) else { return nil }
+    return hostPointer(address, count: count)
+  }
+
+  /// Whether a device may read or write these bytes, wherever they are.
+  @inline(__always)
+  public func allowsDevice(_ address: GuestPhysicalAddress, count: Int, isWrite: Bool) -> Bool {
+    guard isGuarded.load(ordering: .acquiring) else { return true }
+    return deviceGuard.withLock { $0 }?(address, count, isWrite) ?? true
+  }
+
+  /// Has `check` decide, on the device's thread, which accesses of devices go through: address, bytes, whether it writes.
+  public func setDeviceGuard(_ check: (@Sendable (GuestPhysicalAddress, Int, Bool) -> Bool)?) {
+    deviceGuard.withLock { $0 = check }
+    isGuarded.store(check != nil, ordering: .releasing)
   }
 
   /// Reads one little-endian integer, with a single access where it is naturally aligned and no wider than 64 bits.

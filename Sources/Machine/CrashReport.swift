@@ -12,6 +12,7 @@ public struct CrashReport: Sendable {
     case entryFailure(UInt64)
     case internalError(subcode: UInt32, data: UInt64)
     case reportedByGuest
+    case denied(String)
     case unexpectedExit(String)
 
     /// The name in JSON reports.
@@ -23,6 +24,7 @@ public struct CrashReport: Sendable {
       case .entryFailure: "entry-failure"
       case .internalError: "internal-error"
       case .reportedByGuest: "reported-by-guest"
+      case .denied: "denied"
       case .unexpectedExit: "unexpected-exit"
       }
     }

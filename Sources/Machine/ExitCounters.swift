@@ -7,8 +7,8 @@ public final class ExitCounters: @unchecked Sendable {
   public enum Reason: Int, CaseIterable, Sendable {
     case portIn, portOut, memoryRead, memoryWrite, halt, kick, interruptWindow, instructionLimit, tripleFault
     case systemEvent, debug
-    case emulationFailure, memoryFault, viewViolation, endOfInterrupt, dirtyRingFull, hypercall, entryFailure
-    case internalError, unknown
+    case emulationFailure, memoryFault, viewViolation, pinnedRegister, endOfInterrupt, dirtyRingFull, hypercall
+    case entryFailure, internalError, unknown
 
     /// The reason of an exit.
     @inline(__always)
@@ -27,6 +27,7 @@ public final class ExitCounters: @unchecked Sendable {
         case .emulationFailure: .emulationFailure
         case .memoryFault: .memoryFault
         case .viewViolation: .viewViolation
+        case .pinnedRegister: .pinnedRegister
         case .endOfInterrupt: .endOfInterrupt
         case .dirtyRingFull: .dirtyRingFull
         case .hypercall: .hypercall
@@ -53,6 +54,7 @@ public final class ExitCounters: @unchecked Sendable {
       case .emulationFailure: "emulation-failure"
       case .memoryFault: "memory-fault"
       case .viewViolation: "view-violation"
+      case .pinnedRegister: "pinned-register"
       case .endOfInterrupt: "end-of-interrupt"
       case .dirtyRingFull: "dirty-ring-full"
       case .hypercall: "hypercall"

@@ -42,6 +42,7 @@ public final class Machine: MachineControl {
   let memoryBus: AddressBus
   let assist: (any InstructionAssist)?
   let exitTrace: Trace?
+  let supervisor: (any ViewSupervisor)?
   let gate: VCPUGate
   let interrupts: MachineInterrupts
   private let boot: BootPlan
@@ -72,6 +73,7 @@ public final class Machine: MachineControl {
     boot = parts.boot
     assist = parts.assist
     exitTrace = parts.exitTrace
+    supervisor = parts.supervisor
     interrupts = parts.interrupts
     counters = parts.vcpus.map { _ in ExitCounters() }
     gate = VCPUGate(threads: parts.takesTurns ? 1 : parts.vcpus.count)
@@ -295,6 +297,7 @@ public final class Machine: MachineControl {
   private func resetParts() throws(MachineError) {
     do {
       try virtualMachine.restore(pristine.machine)
+      try supervisor?.reset()
       for (vcpu, state) in zip(vcpus, pristine.vcpus) { try vcpu.writeState(state) }
     } catch {
       throw .accelerator(error)

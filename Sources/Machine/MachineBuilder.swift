@@ -86,8 +86,9 @@ public struct MachineBuilder {
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,
       takesTurns: takesTurns, platform: platform, interrupts: interrupts, boot: BootPlan(request, tables),
-      assist: configuration.assist, exitTrace: exitTrace)
+      assist: configuration.assist, exitTrace: exitTrace, supervisor: configuration.supervisor)
     do {
+      try configuration.supervisor?.attach(virtualMachine, vcpus)
       let machine = try Machine(parts)
       link.connect(machine)
       return machine

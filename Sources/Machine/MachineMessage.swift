@@ -82,6 +82,11 @@ enum MachineMessage {
       ]
     case .crash(.reportedByGuest, let vcpu):
       ["the guest reported that it crashed, on vCPU \(vcpu)", "its own console has the reason"]
+    case .crash(.denied(let what), let vcpu):
+      [
+        "the guest was stopped: \(what), on vCPU \(vcpu)",
+        "the hardening policy says so; its audit tells what led there",
+      ]
     case .crash(.unexpectedExit(let exit), let vcpu):
       [
         "vCPU \(vcpu) stopped for a reason that this machine does not use: \(exit)",

@@ -15,4 +15,5 @@ struct MachineParts {
   var boot: BootPlan
   var assist: (any InstructionAssist)?
   var exitTrace: Trace?
+  var supervisor: (any ViewSupervisor)?
 }

@@ -121,7 +121,12 @@ extension Machine {
 
   func handle(_ exit: VCPUExit, _ vcpu: any VirtualCPU) throws(AcceleratorError) {
     switch exit {
-    case .portIO(let access): portAccess(access)
+    case .portIO(let access):
+      if let supervisor, access.port == supervisor.port, access.size == 4, access.count == 1, !access.isWrite {
+        access.data.storeBytes(of: try supervisor.call(vcpu), as: UInt32.self)
+      } else {
+        portAccess(access)
+      }
     case .memoryIO(let access):
       let address = access.address.rawValue
       let size = Int(access.size)
@@ -137,7 +142,8 @@ extension Machine {
       } else {
         storeInteger(memoryBus.read(address, size: size), to: access.data, size: size)
       }
-    case .interrupted, .interruptWindow, .instructionLimit: break
+    case .interrupted: try supervisor?.interrupted(vcpu)
+    case .interruptWindow, .instructionLimit: break
     case .emulationFailure(let bytes):
       let isDone = try assist?.execute(vcpu) { exit throws(AcceleratorError) in try handle(exit, vcpu) }
       if isDone != true { crash(vcpu, .emulationFailure(bytes)) }
@@ -147,7 +153,12 @@ extension Machine {
     case .systemEvent(.crash): crash(vcpu, .reportedByGuest)
     case .tripleFault: crash(vcpu, .tripleFault)
     case .memoryFault(let address, _, _): crash(vcpu, .memoryFault(address))
-    case .viewViolation: crash(vcpu, .unexpectedExit("view violation"))
+    case .viewViolation(let violation):
+      guard let supervisor else { return crash(vcpu, .unexpectedExit("view violation")) }
+      if let reason = try supervisor.violation(violation, vcpu) { crash(vcpu, .denied(reason)) }
+    case .pinnedRegister(let register, let value):
+      guard let supervisor else { return crash(vcpu, .unexpectedExit("pinned register")) }
+      if let reason = try supervisor.pinned(register, value: value, vcpu) { crash(vcpu, .denied(reason)) }
     case .entryFailure(let reason): crash(vcpu, .entryFailure(reason))
     case .internalError(let subcode, let data): crash(vcpu, .internalError(subcode: subcode, data: data.0))
     // KVM's ABI for a hypercall that nobody knows: -KVM_ENOSYS.

@@ -22,7 +22,8 @@ public struct PageRights: OptionSet, Hashable, Sendable {
 ///
 /// A radix tree of four levels of 512 entries over 48-bit guest-physical addresses, as nested paging has it (SDM vol. 3,
 /// 29.3; here without its memory types). vCPUs walk it without a lock while others change it: a change is seen by a vCPU
-/// at the latest when its translations are flushed.
+/// at the latest when its translations are flushed. A view made from another shares its tables until one of the two
+/// changes them: making one costs one table, whatever is in it.
 public final class MemoryView: Sendable {
   /// What a view says of one page.
   public struct Entry: Equatable, Sendable {
@@ -40,15 +41,33 @@ public final class MemoryView: Sendable {
 
   /// Tells views apart; 1 or more, since 0 stands for no view.
   public let number: UInt32
+  private let standard: Atomic<UInt8>
+  private let root: Node
+  /// Who may change a table in place: those that carry this. A copy takes it from view and copy alike, since they share
+  /// their tables from then on; roots are never shared.
+  private let owner = Mutex(Owner())
+
   /// The rights of pages that the view has no entry for.
-  public let defaultRights: PageRights
-  private let root = Node()
-  private let writer = Mutex(())
+  public var defaultRights: PageRights {
+    get { PageRights(rawValue: standard.load(ordering: .acquiring)) }
+    set { standard.store(newValue.rawValue, ordering: .releasing) }
+  }
 
   /// A view whose pages all have `defaultRights` and are the guest's own.
   public init(number: UInt32, defaultRights: PageRights = .all) {
     self.number = number
-    self.defaultRights = defaultRights
+    standard = Atomic(defaultRights.rawValue)
+    root = Node(owner: nil)
+  }
+
+  /// A view that says what `base` says now; either may then change without the other.
+  public init(number: UInt32, base: MemoryView) {
+    self.number = number
+    standard = Atomic(base.defaultRights.rawValue)
+    root = base.owner.withLock { owner in
+      owner = Owner()
+      return Node(copying: base.root, owner: nil)
+    }
   }
 
   /// What the view says of the page with a guest-physical address.
@@ -103,10 +122,10 @@ public final class MemoryView: Sendable {
   }
 
   private func change(_ pages: ClosedRange<UInt64>, _ change: (UInt64) -> UInt64) {
-    writer.withLock { _ in
+    owner.withLock { owner in
       var page = pages.lowerBound
       while page <= pages.upperBound {
-        let leaf = leaf(page << 12)
+        let leaf = leaf(page << 12, owner)
         repeat {
           let slot = leaf.words + Int(page & 0x1ff)
           slot.pointee.store(change(slot.pointee.load(ordering: .relaxed)), ordering: .releasing)
@@ -133,16 +152,18 @@ public final class MemoryView: Sendable {
     visit(root, 0, 3)
   }
 
-  /// The lowest table for an address, made where it is missing.
-  private func leaf(_ address: UInt64) -> Node {
+  /// The lowest table for an address, made where it is missing and copied where another view has it too.
+  private func leaf(_ address: UInt64, _ owner: Owner) -> Node {
     var node = root
     for level in [3, 2, 1] {
       let slot = node.words + Self.index(address, level)
       let word = slot.pointee.load(ordering: .relaxed)
-      if word & Self.present != 0 {
+      if word & Self.present != 0, Self.table(word).owner === owner {
         node = Self.table(word)
       } else {
-        let table = Node()
+        let table =
+          word & Self.present != 0 ? Node(copying: Self.table(word), owner: owner) : Node(owner: owner)
+        // A table that this one replaces stays: a vCPU may be reading it.
         node.children.withLock { $0.append(table) }
         slot.pointee.store(
           UInt64(UInt(bitPattern: Unmanaged.passUnretained(table).toOpaque())) | Self.present, ordering: .releasing)
@@ -152,13 +173,28 @@ public final class MemoryView: Sendable {
     return node
   }
 
-  /// One table. Its parent owns it through `children`; the words refer to it without counting.
+  /// The right to change tables, by identity.
+  private final class Owner: Sendable {}
+
+  /// One table. Its parents own it through `children`; the words refer to it without counting.
   private final class Node: Sendable {
     nonisolated(unsafe) let words = UnsafeMutablePointer<Atomic<UInt64>>.allocate(capacity: 512)
-    let children = Mutex<[Node]>([])
+    let children: Mutex<[Node]>
+    let owner: Owner?
 
-    init() {
+    init(owner: Owner?) {
+      self.owner = owner
+      children = Mutex([])
       for index in 0..<512 { (words + index).initialize(to: Atomic(0)) }
+    }
+
+    /// The same words, and so the same tables below; while nobody changes `other`.
+    init(copying other: Node, owner: Owner?) {
+      self.owner = owner
+      children = Mutex(other.children.withLock { $0 })
+      for index in 0..<512 {
+        (words + index).initialize(to: Atomic(other.words[index].load(ordering: .relaxed)))
+      }
     }
 
     deinit {

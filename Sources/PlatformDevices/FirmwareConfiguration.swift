@@ -131,7 +131,7 @@ public final class FirmwareConfiguration: PlatformDevice {
   /// Carries out the request at `address`: control, length, target address, all big-endian. The control word is
   /// written back as 0, or as the error bit; where even that is outside RAM, nobody can be told.
   private func transfer(_ address: GuestPhysicalAddress, _ state: inout State) {
-    guard let control = try? UInt32(bigEndian: memory.read(address)),
+    guard memory.allowsDevice(address, count: 16, isWrite: true), let control = try? UInt32(bigEndian: memory.read(address)),
       let length = try? UInt32(bigEndian: memory.read(address + 4)),
       let target = try? UInt64(bigEndian: memory.read(address + 8))
     else { return }
@@ -157,6 +157,7 @@ public final class FirmwareConfiguration: PlatformDevice {
   private func copy(_ state: inout State, to target: GuestPhysicalAddress, count: Int) -> Bool {
     let start = min(Int(state.registers.offset), state.item.count)
     let available = min(count, state.item.count - start)
+    guard memory.allowsDevice(target, count: count, isWrite: true) else { return false }
     do throws(GuestMemoryError) {
       // The zeros come first: what they leave unchecked is the part that the item fills.
       try memory.fill(target + UInt64(available), count: count - available, with: 0)

@@ -73,16 +73,35 @@ extension Processor {
 
   private func writeControl(_ number: UInt8, _ value: UInt64) throws(Interruption) {
     switch number {
-    case 0: try writeCR0(value)
+    case 0:
+      try keep(.writeProtect, CR0.wp.rawValue, of: cpu.pointee.cr0, in: value)
+      try writeCR0(value)
     case 2: cpu.pointee.cr2 = value
     case 3: try writeCR3(value)
-    case 4: try writeCR4(value)
+    case 4:
+      try keep(.smep, CR4.smep.rawValue, of: cpu.pointee.cr4, in: value)
+      try keep(.smap, CR4.smap.rawValue, of: cpu.pointee.cr4, in: value)
+      try writeCR4(value)
     case 8:
       guard value <= 15 else { throw .generalProtection }
       cpu.pointee.cr8 = value
       localAPIC?.taskPriority = UInt8(value)
     default: throw .invalidOpcode
     }
+  }
+
+  /// Refuses a value that clears a bit which is pinned.
+  func keep(
+    _ register: PinnedRegister, _ bit: UInt64, of old: UInt64, in new: UInt64
+  ) throws(Interruption) {
+    if !pins.isEmpty, old & bit != 0, new & bit == 0 { try refuse(register, value: new) }
+  }
+
+  /// The exit for an instruction that would change a register, where that is pinned.
+  func refuse(_ register: PinnedRegister, value: UInt64) throws(Interruption) {
+    guard pins.contains(register) else { return }
+    pendingExit = .pinnedRegister(register, value: value)
+    throw .exit
   }
 
   private func writeCR0(_ value: UInt64) throws(Interruption) {

@@ -1,4 +1,5 @@
 import Accelerator
+import CSoftCPU
 import GuestMemory
 import MemoryViews
 import Synchronization
@@ -100,7 +101,7 @@ extension Processor {
       pendingExit = .viewViolation(
         ViewViolation(
           view: view.number, address: GuestPhysicalAddress(physical), linear: linear,
-          missing: needed.subtracting(entry.rights)))
+          missing: needed.subtracting(entry.rights), rip: cpu.pointee.rip))
       throw .exit
     }
     guard var page = memory.page(physical) else { return nil }

@@ -42,6 +42,8 @@ final class Processor: @unchecked Sendable {
   var codePlace: (UInt64, UInt64) = (0, 0)
   /// The view that the CPU's accesses, fetches and page walks obey; nil: all of memory with all rights.
   var view: MemoryView?
+  /// Registers that the guest may not change.
+  var pins: Set<PinnedRegister> = []
   /// The page table that the last walk ended in.
   var lastTable = PageTableCache()
   /// Whether some translation in the TLB is a fragment of a large page: INVLPG must then find all of them.
@@ -135,6 +137,8 @@ enum PendingExit {
   case port(UInt16, size: UInt8, isWrite: Bool, value: UInt64)
   /// Instructions or page tables where nothing is.
   case memoryFault(physical: UInt64)
+  /// An instruction that would change a pinned register.
+  case pinnedRegister(PinnedRegister, value: UInt64)
   /// An access that the active view forbids.
   case viewViolation(ViewViolation)
   /// The debugger has something to look at.

@@ -1,3 +1,4 @@
+import Accelerator
 import CSoftCPU
 import X86
 
@@ -40,10 +41,12 @@ extension Processor {
     case .sidt: try storeTable(i, base: cpu.pointee.idt_base, limit: cpu.pointee.idt_limit)
     case .lgdt:
       let (base, limit) = try loadTable(i)
+      if base != cpu.pointee.gdt_base || limit != cpu.pointee.gdt_limit { try refuse(.gdtr, value: base) }
       cpu.pointee.gdt_base = base
       cpu.pointee.gdt_limit = limit
     case .lidt:
       let (base, limit) = try loadTable(i)
+      if base != cpu.pointee.idt_base || limit != cpu.pointee.idt_limit { try refuse(.idtr, value: base) }
       cpu.pointee.idt_base = base
       cpu.pointee.idt_limit = limit
     default: return false

@@ -91,6 +91,7 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
       return .portIO(PortAccess(port: port, size: size, isWrite: isWrite, count: 1, data: data))
     case .memoryFault(let physical): return .memoryFault(GuestPhysicalAddress(physical), size: 1, flags: 0)
     case .viewViolation(let violation): return .viewViolation(violation)
+    case .pinnedRegister(let register, let value): return .pinnedRegister(register, value: value)
     case .debug(let event): return .debug(event)
     case .halt: return .halt
     case .interruptWindow: return .interruptWindow
@@ -146,6 +147,9 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.view = view
     processor.selectSpace(keep: true)
   }
+
+  /// Makes changes of registers an exit.
+  public func pin(_ registers: Set<PinnedRegister>) throws(AcceleratorError) { processor.pins = registers }
 
   /// The view that is active.
   public var activeView: MemoryView? { processor.view }

@@ -1,6 +1,7 @@
 import Accelerator
 import GuestMemory
 import Host
+import MemoryViews
 import StateTree
 import Synchronization
 
@@ -21,6 +22,8 @@ public final class SoftVirtualMachine: VirtualMachine {
   private let doorbells = Mutex<[(doorbell: Doorbell, descriptor: Int32)]>([])
   /// Whether there are doorbells: asked at every device write.
   private let hasDoorbells = Atomic(false)
+  /// How many views were made.
+  private let views = Atomic<UInt32>(0)
   /// What `readClock` is ahead of the host's clock.
   private let clockOffset = Atomic<UInt64>(0)
 
@@ -119,6 +122,20 @@ public final class SoftVirtualMachine: VirtualMachine {
   /// There are no rings.
   public func collectDirtyRings() throws(AcceleratorError) -> [(slot: UInt32, page: UInt64)] {
     throw .unsupported(engine: "soft", what: "dirty rings")
+  }
+
+  // MARK: Views
+
+  /// A view with the next number.
+  public func makeView(base: MemoryView?) throws(AcceleratorError) -> MemoryView {
+    let number = views.add(1, ordering: .relaxed).newValue
+    return base.map { MemoryView(number: number, base: $0) } ?? MemoryView(number: number)
+  }
+
+  /// Changes rights, and has every CPU forget what it translated by the old ones.
+  public func change(_ changes: [ViewChange]) throws(AcceleratorError) {
+    for change in changes { change.apply() }
+    group.flush()
   }
 
   // MARK: vCPUs

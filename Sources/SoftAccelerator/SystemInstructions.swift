@@ -24,7 +24,9 @@ extension Processor {
       general[2] = value >> 32
     case .wrmsr:
       let value = general[2] << 32 | general[0] & 0xffff_ffff
-      guard writeMSR(UInt32(truncatingIfNeeded: general[1]), value) else { throw .generalProtection }
+      let index = UInt32(truncatingIfNeeded: general[1])
+      if index == MSR.efer { try keep(.noExecute, EFER.nxe.rawValue, of: cpu.pointee.efer, in: value) }
+      guard writeMSR(index, value) else { throw .generalProtection }
     case .rdtsc, .rdtscp:
       if cpu.pointee.cr4 & CR4.tsd.rawValue != 0, cpu.pointee.cpl != 0 { throw .generalProtection }
       let ticks = timeStampCounter

@@ -111,7 +111,8 @@ public final class Virtqueue {
     func area(_ name: String, _ address: UInt64, count: Int, alignment: UInt64) throws(VirtqueueError)
       -> UnsafeMutableRawPointer
     {
-      guard address % alignment == 0, let start = memory.hostPointer(GuestPhysicalAddress(address), count: count) else {
+      guard address % alignment == 0, let start = memory.devicePointer(GuestPhysicalAddress(address), count: count, isWrite: true)
+      else {
         throw .area(name: name, address: address)
       }
       return start
@@ -193,9 +194,9 @@ public final class Virtqueue {
   }
 
   func add(_ address: UInt64, _ length: UInt32, isWrite: Bool, to chain: VirtqueueChain) throws(VirtqueueError) {
-    guard let start = memory.hostPointer(GuestPhysicalAddress(address), count: Int(length)) else {
-      throw .buffer(address: address, length: length)
-    }
+    guard
+      let start = memory.devicePointer(GuestPhysicalAddress(address), count: Int(length), isWrite: isWrite)
+    else { throw .buffer(address: address, length: length) }
     if isWrite {
       chain.writable.append(start, Int(length))
     } else {
@@ -209,9 +210,8 @@ public final class Virtqueue {
     _ address: UInt64, _ length: UInt32
   ) throws(VirtqueueError) -> (start: UnsafeMutableRawPointer, count: UInt32) {
     guard hasIndirect, length > 0, length % 16 == 0 else { throw .indirect(length: length) }
-    guard let start = memory.hostPointer(GuestPhysicalAddress(address), count: Int(length)) else {
-      throw .buffer(address: address, length: length)
-    }
+    guard let start = memory.devicePointer(GuestPhysicalAddress(address), count: Int(length), isWrite: false)
+    else { throw .buffer(address: address, length: length) }
     return (start, length / 16)
   }
 

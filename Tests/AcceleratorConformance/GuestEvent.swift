@@ -57,7 +57,8 @@ enum GuestEvent: Equatable {
     case .memoryFault(let address, _, _): self = .memoryFault(address.rawValue)
     case .endOfInterrupt(let vector): self = .endOfInterrupt(vector)
     case .dirtyRingFull: self = .dirtyRingFull
-    case .systemEvent, .hypercall, .viewViolation, .entryFailure, .internalError, .unknown: self = .other("\(exit)")
+    case .systemEvent, .hypercall, .viewViolation, .pinnedRegister, .entryFailure, .internalError, .unknown:
+      self = .other("\(exit)")
     }
   }
 }

@@ -1,6 +1,9 @@
 import Accelerator
+import Glibc
 import GuestMemory
+import Host
 import MemoryViews
+import Synchronization
 import Testing
 
 /// Memory views: what they forbid is an exit, and the instruction runs again when they allow it.
@@ -34,7 +37,8 @@ import Testing
     #expect(
       violation(exit)
         == ViewViolation(
-          view: 1, address: GuestPhysicalAddress(TestMachine.data), linear: TestMachine.data, missing: .write))
+          view: 1, address: GuestPhysicalAddress(TestMachine.data), linear: TestMachine.data, missing: .write,
+          rip: TestMachine.entry))
     let registers = try machine.vcpu.readRegisters()
     #expect(registers.rip == TestMachine.entry)
     #expect(registers.rcx == 4)
@@ -92,6 +96,43 @@ import Testing
     try start(machine, "stores", .long, count: 1)
     #expect(try machine.next() == .done)
     #expect(try machine.read(TestMachine.data, as: UInt64.self) == 1)
+  }
+
+  @Test(arguments: AcceleratorUnderTest.catalogue)
+  func changeForEveryProcessorBeforeTheCallReturns(_ subject: AcceleratorUnderTest) throws {
+    let machine = try TestMachine(subject, vcpus: 2, needs: .executePermission)
+    let view = try machine.machine.makeView(base: nil)
+    let copy = try machine.machine.makeView(base: view)
+    #expect(view.number != copy.number)
+    for vcpu in machine.vcpus {
+      // A store and a count, again and again.
+      try machine.start("stores", .long, processor: vcpu.index) {
+        $0.rdi = TestMachine.data + UInt64(vcpu.index) * 0x800
+        $0.rsi = 0
+        $0.rcx = .max
+      }
+    }
+    try machine.vcpus[0].selectView(view)
+    try machine.vcpus[1].selectView(copy)
+    let exits = Mutex<[Int: ViewViolation]>([:])
+    let vcpus = machine.vcpus
+    var threads: [HostThread] = []
+    for vcpu in vcpus {
+      threads.append(
+        try HostThread(name: "vcpu") {
+          while case .some(let exit) = try? vcpu.run() {
+            if case .viewViolation(let found) = exit { return exits.withLock { $0[vcpu.index] = found } }
+          }
+        })
+    }
+    func value(_ index: Int) throws -> UInt64 { try machine.read(TestMachine.data + UInt64(index) * 0x800) }
+    while try value(0) == 0 || value(1) == 0 { sched_yield() }
+    try machine.machine.change([ViewChange(view, Self.page, .read), ViewChange(copy, Self.page, [.read, .execute])])
+    let seen = try (value(0), value(1))
+    for thread in threads { thread.join() }
+    #expect(try (value(0), value(1)) == seen)
+    #expect(exits.withLock { $0[0]?.missing } == .write)
+    #expect(exits.withLock { $0[1]?.view } == copy.number)
   }
 
   @Test(arguments: AcceleratorUnderTest.catalogue)

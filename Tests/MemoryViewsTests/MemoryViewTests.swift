@@ -42,6 +42,40 @@ import Testing
     #expect(view[address(0x3000)].hostPage == 0)
   }
 
+  @Test func aViewMadeFromAnotherGoesItsOwnWay() throws {
+    let base = MemoryView(number: 1)
+    let low = try #require(GuestRange(start: address(0x1000), size: 0x1000))
+    let high = try #require(GuestRange(start: address(0x7f_ffff_f000), size: 0x1000))
+    base.set([.read], for: low)
+    base.set([.read], for: high)
+    let copy = MemoryView(number: 2, base: base)
+    #expect(copy.runs == base.runs)
+    // The same table of the lowest level, changed by the one and by the other.
+    copy.set([.write], for: try #require(GuestRange(start: address(0x2000), size: 0x1000)))
+    base.set([.execute], for: low)
+    base.defaultRights = []
+    #expect(base[address(0x1000)].rights == .execute)
+    #expect(base[address(0x2000)].rights == [])
+    #expect(copy[address(0x1000)].rights == .read)
+    #expect(copy[address(0x2000)].rights == .write)
+    #expect(copy[address(0x3000)].rights == .all)
+    // What neither touched is still what both say, also after the base and its base are gone.
+    let third = MemoryView(number: 3, base: copy)
+    copy.set(.all, for: high)
+    #expect(third[address(0x7f_ffff_f000)].rights == .read)
+    #expect(base[address(0x7f_ffff_f000)].rights == .read)
+  }
+
+  @Test func aCopyOutlivesWhatItWasMadeFrom() throws {
+    var base: MemoryView? = MemoryView(number: 1)
+    let range = try #require(GuestRange(start: address(0), size: 1 << 22))
+    base?.set([.read], for: range)
+    let copy = MemoryView(number: 2, base: try #require(base))
+    base = nil
+    copy.set([.write], for: try #require(GuestRange(start: address(0x1000), size: 1)))
+    #expect(copy.runs.map(\.range.size) == [0x1000, 0x1000, (1 << 22) - 0x2000])
+  }
+
   @Test func describesItsRangesForADebugger() throws {
     let view = MemoryView(number: 5, defaultRights: [.read, .write])
     #expect(view.description == "view 5\n  everything else rw-")

@@ -1,0 +1,51 @@
+// The loader's interface, its hypercalls, and accesses that may be refused.
+#pragma once
+#include <stdint.h>
+
+#define LOADER_INLINE static inline __attribute__((always_inline))
+
+// swiftvmm's hypercalls (docs/hardening.md): a read of four bytes; negative for an error, and for nobody there.
+enum {
+  HARDEN_VERSION, HARDEN_REGISTER, HARDEN_ENTRY, HARDEN_EXIT, HARDEN_LOCK, HARDEN_SET, HARDEN_QUERY, HARDEN_VERIFY,
+  HARDEN_NOTE,
+};
+LOADER_INLINE int32_t harden_call(uint32_t function, uint64_t rsi, uint64_t rbx, uint64_t rcx, uint64_t r8) {
+  uint32_t result;
+  register uint64_t fourth __asm__("r8") = r8;
+  __asm__ volatile("inl %%dx, %%eax"
+                   : "=a"(result) : "d"((uint16_t)0x560), "D"(function), "S"(rsi), "b"(rbx), "c"(rcx), "r"(fourth) : "memory");
+  return (int32_t)result;
+}
+
+// What loader_call does (loader.c). LOADER_SETUP is refused after the first time.
+enum { LOADER_SETUP, LOADER_LOAD, LOADER_UNLOAD, LOADER_SIGN, LOADER_WAIT };
+// From the kernel: through the one exit that is registered.
+uint64_t loader_call(uint64_t operation, uint64_t a, uint64_t b, uint64_t c);
+// The loader's own: registered entry point; and what only an attacker wants to reach.
+extern uint8_t loader_entry[], loader_poke[], loader_exit[], loader_start[], loader_data[], loader_end[];
+LOADER_INLINE uint64_t loader_entry_address(void) { return (uint64_t)loader_entry; }
+LOADER_INLINE uint64_t loader_poke_address(void) { return (uint64_t)loader_poke; }
+LOADER_INLINE uint64_t loader_exit_address(void) { return (uint64_t)loader_exit; }
+LOADER_INLINE uint64_t loader_start_address(void) { return (uint64_t)loader_start; }
+LOADER_INLINE uint64_t loader_data_address(void) { return (uint64_t)loader_data; }
+LOADER_INLINE uint64_t loader_end_address(void) { return (uint64_t)loader_end; }
+
+// Accesses that a #GP may end; 1 where they went through.
+uint64_t try_store64(uint64_t address, uint64_t value);
+uint64_t try_load64(uint64_t address);
+// Calls address(a, b); the result, or ~0 where a #GP ended it. On the boot processor.
+uint64_t try_call(uint64_t address, uint64_t a, uint64_t b);
+uint64_t try_write_cr0(uint64_t value);
+uint64_t try_lidt(uint64_t address);
+// For the handler of #GP: where to go on from rip; 0 where that is no such access.
+uint64_t try_recovery(uint64_t rip);
+extern volatile uint64_t try_call_stack;
+extern uint8_t try_call_failed[];
+LOADER_INLINE uint64_t call_stack(void) { return try_call_stack; }
+LOADER_INLINE uint64_t call_failed_address(void) { return (uint64_t)try_call_failed; }
+
+// What attacks are about: returns 1.
+extern uint8_t victim[];
+LOADER_INLINE uint64_t victim_address(void) { return (uint64_t)victim; }
+LOADER_INLINE uint64_t call_function(uint64_t address, uint64_t argument) { return ((uint64_t (*)(uint64_t))address)(argument); }
+LOADER_INLINE void set_idt_probe(uint64_t at) { __asm__ volatile("sidt (%0)" ::"r"(at) : "memory"); }
