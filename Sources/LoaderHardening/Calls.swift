@@ -54,7 +54,7 @@ extension LoaderHardening {
     switch function {
     case .version: return Hypercall.versionNumber
     case .registerLoader:
-      let range = try range(registers)
+      let range = try range(registers, attached.memory)
       guard range.size <= Self.loaderLimit, registers.rcx & 0xfff == 0 else { throw .failed(.invalid) }
       try whileUnlocked { shared throws(CallError) in
         shared.loader = range
@@ -79,8 +79,9 @@ extension LoaderHardening {
     case .setPermission: try setPermission(registers, visitor, attached)
     case .query:
       let address = GuestPhysicalAddress(registers.rsi)
-      let views = UInt32(attached.kernel[address].rights.rawValue) | UInt32(attached.loader[address].rights.rawValue) << 4
-      return views | (visitor.isInside ? 1 << 8 : 0) | (shared.withLock { $0.isLocked } ? 1 << 9 : 0)
+      let kernel = UInt32(attached.kernel[address].rights.rawValue)
+      let loader = UInt32(attached.loader[address].rights.rawValue)
+      return kernel | loader << 4 | (visitor.isInside ? 1 << 8 : 0) | (shared.withLock { $0.isLocked } ? 1 << 9 : 0)
     case .verify: return try verify(registers, visitor, attached)
     case .note:
       var event = event(.note, visitor, rip: registers.rip)
@@ -92,7 +93,7 @@ extension LoaderHardening {
   }
 
   /// RSI and RBX as whole pages of RAM.
-  private func range(_ registers: GeneralRegisters) throws(CallError) -> GuestRange {
+  private func range(_ registers: GeneralRegisters, _ memory: GuestMemory) throws(CallError) -> GuestRange {
     guard (registers.rsi | registers.rbx) & 0xfff == 0, registers.rbx > 0, let size = Int(exactly: registers.rbx),
       memory.hostPointer(GuestPhysicalAddress(registers.rsi), count: size) != nil,
       let range = GuestRange(start: GuestPhysicalAddress(registers.rsi), size: registers.rbx)
@@ -153,7 +154,7 @@ extension LoaderHardening {
   private func setPermission(
     _ registers: GeneralRegisters, _ visitor: LoaderVisitor, _ attached: Attached
   ) throws(CallError) {
-    let range = try range(registers)
+    let range = try range(registers, attached.memory)
     guard registers.rcx & ~3 == 0, registers.rcx != 0, registers.r8 & ~7 == 0 else { throw .failed(.invalid) }
     let rights = PageRights(rawValue: UInt8(registers.r8))
     let shared = shared.withLock { $0 }
@@ -209,7 +210,7 @@ extension LoaderHardening {
       }
     }
     let module: [UInt8]
-    do { module = try memory.bytes(range.start, count: size) } catch { throw .failed(.invalid) }
+    do { module = try attached.memory.bytes(range.start, count: size) } catch { throw .failed(.invalid) }
     guard let key = Hypercall.signer(of: module, keys: policy.keys) else {
       throw .denied(.signatureWrong, .badSignature)
     }

@@ -25,12 +25,12 @@ public enum Ed25519 {
 
   /// Whether the signature is the message's by the key; false for anything malformed.
   public static func verify(_ signature: [UInt8], _ message: [UInt8], key: [UInt8]) -> Bool {
-    guard signature.count == signatureSize, key.count == publicSize, let public_ = EdwardsPoint(decoding: key),
+    guard signature.count == signatureSize, key.count == publicSize, let holder = EdwardsPoint(decoding: key),
       let response = EdwardsScalar(canonical: Array(signature[32...]))
     else { return false }
     let point = Array(signature[..<32])
     let challenge = EdwardsScalar(reducing: SHA512.digest(point, key, message))
-    return (EdwardsPoint.base * response + public_.negated * challenge).encoded == point
+    return (EdwardsPoint.base * response + holder.negated * challenge).encoded == point
   }
 
   private static func expand(_ secret: [UInt8]) -> (scalar: EdwardsScalar, prefix: [UInt8]) {
@@ -62,9 +62,8 @@ private struct EdwardsScalar {
 
   /// A number that is below the order already.
   init?(canonical bytes: [UInt8]) {
-    let words = (0..<4).map { word in
-      (0..<8).reduce(0 as UInt64) { $0 | UInt64(bytes[word * 8 + $1]) << UInt64($1 * 8) }
-    }
+    var words: [UInt64] = [0, 0, 0, 0]
+    for (position, byte) in bytes.enumerated() { words[position / 8] |= UInt64(byte) << UInt64(position % 8 * 8) }
     guard Self.isLess(words, Self.order) else { return nil }
     self.words = words
   }
@@ -124,7 +123,8 @@ private struct EdwardsPoint {
     let y = FieldElement(4) * FieldElement(5).inverted
     return EdwardsPoint(y: y, isOdd: false) ?? neutral
   }()
-  private static let neutral = EdwardsPoint(x: FieldElement(0), y: FieldElement(1), z: FieldElement(1), t: FieldElement(0))
+  private static let neutral = EdwardsPoint(
+    x: FieldElement(0), y: FieldElement(1), z: FieldElement(1), t: FieldElement(0))
   /// -121665/121666.
   private static let d = FieldElement(0) - FieldElement(121_665) * FieldElement(121_666).inverted
   private static let twiceD = d + d

@@ -22,7 +22,8 @@ public enum HardeningError: Error, Equatable, CustomStringConvertible {
     case .version(let found, let known):
       "the policy's version is \(found.map { "\($0)" } ?? "missing"): write \"version\": \(known)"
     case .value(let key, let expected): "the policy's \(key) is not what it must be: \(expected)"
-    case .key(let index): "key \(index) of the policy is no Ed25519 public key: 64 hexadecimal digits, as harden keygen prints"
+    case .key(let index):
+      "key \(index) of the policy is no Ed25519 public key: 64 hexadecimal digits, as harden keygen prints"
     case .keysMissing: "the policy requires signatures and has no keys: add some, or set signatures.required to false"
     case .range(let index):
       "range \(index) of the policy's protect is not whole pages: give start and size as multiples of 0x1000"

@@ -1,5 +1,5 @@
-import GuestMemory
 import Accelerator
+import GuestMemory
 import JSON
 import MemoryViews
 

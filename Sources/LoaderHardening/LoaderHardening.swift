@@ -13,10 +13,9 @@ public final class LoaderHardening: ViewSupervisor {
   /// What is forbidden.
   public let policy: HardeningPolicy
 
-  let memory: GuestMemory
   let machine = Mutex<Attached?>(nil)
   let shared = Mutex(Shared())
-  private let record: @Sendable (AuditEvent) -> Void
+  private let record: (@Sendable (AuditEvent) -> Void)?
   private let started = monotonicNanoseconds()
 
   func monotonic() -> UInt64 { monotonicNanoseconds() }
@@ -24,6 +23,7 @@ public final class LoaderHardening: ViewSupervisor {
   /// The machine, and what is kept of each of its vCPUs on that one's thread.
   struct Attached {
     var machine: any VirtualMachine
+    var memory: GuestMemory { machine.memory }
     var visitors: [LoaderVisitor]
     var kernel: MemoryView
     var loader: MemoryView
@@ -39,10 +39,9 @@ public final class LoaderHardening: ViewSupervisor {
     var isLocked = false
   }
 
-  /// Hardening of one machine; `record` gets every event, on any thread.
-  public init(_ policy: HardeningPolicy, memory: GuestMemory, record: @escaping @Sendable (AuditEvent) -> Void) {
+  /// Hardening of one machine; `record`, if anybody, gets every event, on any thread.
+  public init(_ policy: HardeningPolicy, record: (@Sendable (AuditEvent) -> Void)?) {
     self.policy = policy
-    self.memory = memory
     self.record = record
   }
 
@@ -61,7 +60,7 @@ public final class LoaderHardening: ViewSupervisor {
     self.machine.withLock { [visitors] in
       $0 = Attached(machine: machine, visitors: visitors, kernel: kernel, loader: loader)
     }
-    memory.setDeviceGuard { [weak self] address, count, isWrite in
+    machine.memory.setDeviceGuard { [weak self] address, count, isWrite in
       self?.allowsDevice(address, count: count, isWrite: isWrite) ?? true
     }
   }
@@ -90,7 +89,7 @@ public final class LoaderHardening: ViewSupervisor {
         event.reason = "\(DenialReason.device)"
         // A device has no instruction to interrupt: its access fails, unless violations are let through.
         event.reaction = policy.reaction == .log ? "logged" : "refused"
-        record(event)
+        audit(event)
         return policy.reaction == .log
       }
       page += 0x1000
@@ -109,7 +108,10 @@ public final class LoaderHardening: ViewSupervisor {
     return event
   }
 
-  func audit(_ event: AuditEvent) { record(event) }
+  func audit(_ event: @autoclosure () -> AuditEvent) {
+    guard let record else { return }
+    record(event())
+  }
 
   // MARK: What others may know
 

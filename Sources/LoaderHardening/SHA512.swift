@@ -37,7 +37,9 @@ struct SHA512 {
     let bits = count &* 8
     var padding: [UInt8] = [0x80]
     padding += [UInt8](repeating: 0, count: (239 - block.count) % 128 + 8)
-    for shift in stride(from: 56, through: 0, by: -8) { padding.append(UInt8(truncatingIfNeeded: bits >> UInt64(shift))) }
+    for shift in stride(from: 56 as UInt64, through: 0, by: -8) {
+      padding.append(UInt8(truncatingIfNeeded: bits >> shift))
+    }
     update(padding)
     return state.flatMap { word in
       stride(from: 56, through: 0, by: -8).map { UInt8(truncatingIfNeeded: word >> UInt64($0)) }

@@ -27,7 +27,7 @@ extension LoaderHardening {
         return try deny(violation, .notExecutable, visitor, attached)
       }
       let registers = try vcpu.readRegisters()
-      if let interrupted = try interruptedLoader(registers, vcpu, shared) {
+      if let interrupted = try interruptedLoader(registers, vcpu, shared, attached.memory) {
         visitor.suspended.append(interrupted)
         audit(event(.suspend, visitor, rip: interrupted.rip))
         return try leave(visitor, attached, registers, releases: false)
@@ -139,21 +139,21 @@ extension LoaderHardening {
 
   /// The loader's registers where the vCPU is at the first instruction of a handler that has put it off; nil elsewhere.
   private func interruptedLoader(
-    _ registers: GeneralRegisters, _ vcpu: any VirtualCPU, _ shared: Shared
+    _ registers: GeneralRegisters, _ vcpu: any VirtualCPU, _ shared: Shared, _ memory: GuestMemory
   ) throws(AcceleratorError) -> GeneralRegisters? {
     guard let loader = shared.loader else { return nil }
     func isLoader(_ linear: UInt64) -> Bool { linear &- shared.linear < loader.size }
     for shift: UInt64 in [0, 8] {
-      guard let rip = try word(registers.rsp &+ shift, vcpu), isLoader(rip) else { continue }
+      guard let rip = try word(registers.rsp &+ shift, vcpu, memory), isLoader(rip) else { continue }
       let table = try vcpu.readSystemRegisters().idt
       for vector in 0...255 where Self.errorCodes.contains(vector) == (shift == 8) {
         guard UInt64(vector) * 16 + 15 <= UInt64(table.limit) else { break }
-        guard let low = try word(table.base &+ UInt64(vector) * 16, vcpu),
-          let high = try word(table.base &+ UInt64(vector) * 16 &+ 8, vcpu)
+        guard let low = try word(table.base &+ UInt64(vector) * 16, vcpu, memory),
+          let high = try word(table.base &+ UInt64(vector) * 16 &+ 8, vcpu, memory)
         else { continue }
         let handler = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32
-        guard handler == registers.rip, let flags = try word(registers.rsp &+ shift &+ 16, vcpu),
-          let stack = try word(registers.rsp &+ shift &+ 24, vcpu)
+        guard handler == registers.rip, let flags = try word(registers.rsp &+ shift &+ 16, vcpu, memory),
+          let stack = try word(registers.rsp &+ shift &+ 24, vcpu, memory)
         else { continue }
         var interrupted = registers
         interrupted.rip = rip
@@ -166,7 +166,9 @@ extension LoaderHardening {
   }
 
   /// Eight bytes of the guest at a linear address; nil where they are not all in one page of RAM.
-  private func word(_ linear: UInt64, _ vcpu: any VirtualCPU) throws(AcceleratorError) -> UInt64? {
+  private func word(
+    _ linear: UInt64, _ vcpu: any VirtualCPU, _ memory: GuestMemory
+  ) throws(AcceleratorError) -> UInt64? {
     guard linear & 0xfff <= 0xff8, let address = try vcpu.translate(linear) else { return nil }
     return try? memory.read(address)
   }

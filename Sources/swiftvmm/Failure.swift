@@ -4,6 +4,7 @@ import Boot
 import Glibc
 import GuestMemory
 import Host
+import LoaderHardening
 import Machine
 
 /// Exit statuses that other programs rely on; the ones a guest chooses are in `Outcome.status`.
@@ -31,6 +32,7 @@ enum Failure: Error {
   case input(String)
   case output(path: String, reason: String)
   case machine(MachineError)
+  case hardening(path: String, HardeningError)
   case diskClosed(BlockError)
   case host(HostError)
   case control(String)
@@ -46,7 +48,7 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
@@ -110,6 +112,7 @@ enum Failure: Error {
     case .input(let text): text
     case .output(let path, let reason): "cannot write \(path): \(reason)"
     case .machine(let error): "\(error)"
+    case .hardening(let path, let error): "\(path): \(error)"
     case .diskClosed(let error): "a disk could not be closed: \(error)"
     case .host(let error): "\(error)"
     case .control(let text): text

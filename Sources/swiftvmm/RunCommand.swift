@@ -81,6 +81,12 @@ struct RunCommand: ParsableCommand {
   @Option(name: .customLong("load-address"), help: "Where a flat binary is loaded and entered.")
   var loadAddress: String?
 
+  @Option(help: "Harden the guest's code loading by a policy: a JSON file.")
+  var harden: String?
+
+  @Option(help: "With --harden: where the audit goes, as JSON lines.")
+  var audit: String?
+
   @Option(help: "COM1: stdio, none, file:PATH or unix:PATH.")
   var serial = "stdio"
 
@@ -109,6 +115,7 @@ struct RunCommand: ParsableCommand {
     if guest == nil && firmware == nil {
       throw ValidationError("name a GUEST, or give --firmware")
     }
+    if audit != nil, harden == nil { throw ValidationError("--audit needs --harden POLICY") }
     if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {
       throw ValidationError("--time-limit \(timeLimit): expected seconds greater than 0")
     }

@@ -5,6 +5,7 @@ import GDBStub
 import Glibc
 import Host
 import JSON
+import LoaderHardening
 import Machine
 import Monitor
 import PlatformDevices
@@ -18,6 +19,7 @@ struct RunSession {
   private let console: Console
   private let traces: [Trace]
   private let disks: RunDisks?
+  private let hardening: RunHardening?
 
   init(_ options: RunCommand) throws(Failure) {
     self.options = options
@@ -55,6 +57,8 @@ struct RunSession {
     configuration.onDeviceFault = { printError("swiftvmm: \($0)") }
     disks = try RunDisks(options.disk)
     configuration.disks = disks?.configuration
+    hardening = try options.harden.map { path throws(Failure) in try RunHardening(path, audit: options.audit) }
+    configuration.supervisor = hardening?.supervisor
     accelerator = try options.engine.open(
       softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic)
     traces = try subjects.map { subject, path throws(Failure) in try Self.openTrace(subject, path) }
@@ -84,6 +88,8 @@ struct RunSession {
     }
     defer { debugger?.close() }
     try console.attach(machine)
+    let bounds = hardening?.watch(machine)
+    defer { bounds?.cancel() }
     let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
     do { try machine.start(paused: options.paused) } catch { throw .machine(error) }
@@ -91,6 +97,7 @@ struct RunSession {
     timer.cancel()
     console.close()
     for trace in traces { trace.flush() }
+    hardening?.log?.flush()
     if let path = options.report {
       try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
     }

@@ -34,7 +34,8 @@ import Testing
   }
 
   @Test(arguments: [
-    ("{", "not JSON"), ("[]", "the policy is not a JSON object"), ("{}", "version"), (#"{"version": 2}"#, "version is 2"),
+    ("{", "not JSON"), ("[]", "the policy is not a JSON object"), ("{}", "version"),
+    (#"{"version": 2}"#, "version is 2"),
     (#"{"version": 1, "wxx": true}"#, "no member wxx"), (#"{"version": 1, "reaction": "shout"}"#, "gp or stop or log"),
     (#"{"version": 1, "signatures": {}}"#, "has no keys"),
     (#"{"version": 1, "signatures": {"keys": ["12"]}}"#, "key 0"),

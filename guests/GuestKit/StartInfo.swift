@@ -50,6 +50,17 @@ enum StartInfo {
     return value.count == 0 || value.number != 0
   }
 
+  /// Boot modules, in the order of the command line.
+  static var moduleCount: Int {
+    guard let address else { return 0 }
+    return Int(load32(address + 12))
+  }
+
+  static func module(_ index: Int) -> Bytes {
+    let entry = load64(start_info_address() + 16) + UInt64(index) * 32
+    return Bytes(address: load64(entry), count: load64(entry + 8))
+  }
+
   struct Region {
     var base: UInt64
     var size: UInt64

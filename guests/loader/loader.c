@@ -39,7 +39,7 @@ CODE static int is_symbol(const char *name, uint64_t left, const char *wanted) {
 
 // Where a symbol is; 0 for none. The kernel offers one function.
 CODE static uint64_t address(uint64_t image, uint64_t size, struct section *symbols, struct section *strings, uint32_t index) {
-  static const char offered[] __attribute__((section(".loader.text"))) = "kernel_service";
+  DATA static char offered[] = "kernel_service";
   if (index >= symbols->size / sizeof(struct symbol)) return 0;
   struct symbol *s = (struct symbol *)(image + symbols->offset) + index;
   if (s->shndx == 0) {
@@ -51,7 +51,7 @@ CODE static uint64_t address(uint64_t image, uint64_t size, struct section *symb
 
 // Lays the allocated sections out, executable ones first; returns the entry, `module_run`, or 0.
 CODE static uint64_t link_module(uint64_t image, uint64_t size, uint64_t to, uint64_t room) {
-  static const char wanted[] __attribute__((section(".loader.text"))) = "module_run";
+  DATA static char wanted[] = "module_run";
   struct header *h = (struct header *)image;
   if (size < sizeof *h || h->ident[0] != 0x7f || h->ident[1] != 'E' || h->ident[2] != 'L' || h->ident[3] != 'F') return 0;
   if (h->type != 1 || h->machine != 62 || h->shnum > SECTIONS || h->shentsize != sizeof(struct section)) return 0;

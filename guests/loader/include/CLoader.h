@@ -5,10 +5,15 @@
 #define LOADER_INLINE static inline __attribute__((always_inline))
 
 // swiftvmm's hypercalls (docs/hardening.md): a read of four bytes; negative for an error, and for nobody there.
-enum {
-  HARDEN_VERSION, HARDEN_REGISTER, HARDEN_ENTRY, HARDEN_EXIT, HARDEN_LOCK, HARDEN_SET, HARDEN_QUERY, HARDEN_VERIFY,
-  HARDEN_NOTE,
-};
+#define HARDEN_VERSION 0u
+#define HARDEN_REGISTER 1u
+#define HARDEN_ENTRY 2u
+#define HARDEN_EXIT 3u
+#define HARDEN_LOCK 4u
+#define HARDEN_SET 5u
+#define HARDEN_QUERY 6u
+#define HARDEN_VERIFY 7u
+#define HARDEN_NOTE 8u
 LOADER_INLINE int32_t harden_call(uint32_t function, uint64_t rsi, uint64_t rbx, uint64_t rcx, uint64_t r8) {
   uint32_t result;
   register uint64_t fourth __asm__("r8") = r8;
@@ -18,7 +23,11 @@ LOADER_INLINE int32_t harden_call(uint32_t function, uint64_t rsi, uint64_t rbx,
 }
 
 // What loader_call does (loader.c). LOADER_SETUP is refused after the first time.
-enum { LOADER_SETUP, LOADER_LOAD, LOADER_UNLOAD, LOADER_SIGN, LOADER_WAIT };
+#define LOADER_SETUP 0ull
+#define LOADER_LOAD 1ull
+#define LOADER_UNLOAD 2ull
+#define LOADER_SIGN 3ull
+#define LOADER_WAIT 4ull
 // From the kernel: through the one exit that is registered.
 uint64_t loader_call(uint64_t operation, uint64_t a, uint64_t b, uint64_t c);
 // The loader's own: registered entry point; and what only an attacker wants to reach.
