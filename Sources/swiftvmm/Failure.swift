@@ -33,6 +33,7 @@ enum Failure: Error {
   case output(path: String, reason: String)
   case machine(MachineError)
   case hardening(path: String, HardeningError)
+  case notAKey(path: String)
   case diskClosed(BlockError)
   case host(HostError)
   case control(String)
@@ -48,7 +49,7 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
@@ -112,6 +113,7 @@ enum Failure: Error {
     case .input(let text): text
     case .output(let path, let reason): "cannot write \(path): \(reason)"
     case .machine(let error): "\(error)"
+    case .notAKey(let path): "\(path) is no secret key: 64 hexadecimal digits, as harden keygen writes"
     case .hardening(let path, let error): "\(path): \(error)"
     case .diskClosed(let error): "a disk could not be closed: \(error)"
     case .host(let error): "\(error)"

@@ -139,7 +139,7 @@ enum Attacks {
     }
     LocalAPIC.startTimer(.oneShot, vector: 0x60, count: 20_000)
     sti()
-    let result = try_call(loader_entry_address(), LOADER_WAIT, 3_000_000)
+    let result = try_call(loader_call_address(), LOADER_WAIT, 3_000_000)
     cli()
     wait("the interrupt") {
       sti()

@@ -33,6 +33,7 @@ uint64_t loader_call(uint64_t operation, uint64_t a, uint64_t b, uint64_t c);
 // The loader's own: registered entry point; and what only an attacker wants to reach.
 extern uint8_t loader_entry[], loader_poke[], loader_exit[], loader_start[], loader_data[], loader_end[];
 LOADER_INLINE uint64_t loader_entry_address(void) { return (uint64_t)loader_entry; }
+LOADER_INLINE uint64_t loader_call_address(void) { return (uint64_t)loader_call; }
 LOADER_INLINE uint64_t loader_poke_address(void) { return (uint64_t)loader_poke; }
 LOADER_INLINE uint64_t loader_exit_address(void) { return (uint64_t)loader_exit; }
 LOADER_INLINE uint64_t loader_start_address(void) { return (uint64_t)loader_start; }
