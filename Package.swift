@@ -110,7 +110,8 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
-        "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "PlatformDevices", "SoftAccelerator",
+        "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "PlatformDevices",
+        "SoftAccelerator",
         "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,

@@ -14,7 +14,8 @@ extension HardeningPolicy {
       exclusive
         ? "memory: no page is writable and executable after the lock" : "memory: pages may be writable and executable",
       requiresSignature
-        ? "modules: signed with one of \(keys.count) \(keys.count == 1 ? "key" : "keys")" : "modules: unsigned ones are accepted",
+        ? "modules: signed with one of \(keys.count) \(keys.count == 1 ? "key" : "keys")"
+        : "modules: unsigned ones are accepted",
       interrupts == .hold
         ? "interrupts: wait while the loader runs, \(interruptBound) ms at most"
         : "interrupts: taken in the kernel's view, and the loader goes on where it was",

@@ -131,7 +131,8 @@ public final class FirmwareConfiguration: PlatformDevice {
   /// Carries out the request at `address`: control, length, target address, all big-endian. The control word is
   /// written back as 0, or as the error bit; where even that is outside RAM, nobody can be told.
   private func transfer(_ address: GuestPhysicalAddress, _ state: inout State) {
-    guard memory.allowsDevice(address, count: 16, isWrite: true), let control = try? UInt32(bigEndian: memory.read(address)),
+    guard memory.allowsDevice(address, count: 16, isWrite: true),
+      let control = try? UInt32(bigEndian: memory.read(address)),
       let length = try? UInt32(bigEndian: memory.read(address + 4)),
       let target = try? UInt64(bigEndian: memory.read(address + 8))
     else { return }

@@ -111,7 +111,8 @@ public final class Virtqueue {
     func area(_ name: String, _ address: UInt64, count: Int, alignment: UInt64) throws(VirtqueueError)
       -> UnsafeMutableRawPointer
     {
-      guard address % alignment == 0, let start = memory.devicePointer(GuestPhysicalAddress(address), count: count, isWrite: true)
+      guard address % alignment == 0,
+        let start = memory.devicePointer(GuestPhysicalAddress(address), count: count, isWrite: true)
       else {
         throw .area(name: name, address: address)
       }

@@ -11,7 +11,8 @@ struct SwiftVMM: ParsableCommand {
     discussion: "Example: swiftvmm run hello --memory 64M",
     version: Version.text,
     subcommands: [
-      RunCommand.self, GuestsCommand.self, HardenCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self, PauseCommand.self,
+      RunCommand.self, GuestsCommand.self, HardenCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self,
+      PauseCommand.self,
       ResumeCommand.self, StopCommand.self, DiskCommand.self, BenchCommand.self,
     ])
 

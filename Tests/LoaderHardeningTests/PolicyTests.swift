@@ -1,4 +1,5 @@
 import Accelerator
+import GuestMemory
 import LoaderHardening
 import MemoryViews
 import Testing

@@ -31,6 +31,7 @@ func guestMain() {
     expect("a module is unloaded again", loader_call(LOADER_UNLOAD, Kernel.slot(cycle % 4), 0, 0), equals: 1)
   }
   if cycles > 0 { say("cycles: \(cycles)") }
+  if Kernel.isHardened { Kernel.expectPlainArena() }
   say("loader: all passed")
 }
 
@@ -44,6 +45,7 @@ enum Kernel {
   nonisolated(unsafe) static var refused: UInt64 = 0
 
   static func begin() {
+    expect("a PM timer", PMTimer.isPresent)
     arena = guest_allocate((2 * pages + 4) * 4096, 4096)
     isHardened = harden_call(HARDEN_VERSION, 0, 0, 0, 0) >= 0
     say("hypercalls: \(isHardened ? "there" : "none")")
@@ -92,6 +94,14 @@ enum Kernel {
 
   private static func call(_ function: UInt32, _ a: UInt64, _ b: UInt64, _ c: UInt64, _ d: UInt64) {
     expect("a hypercall", harden_call(function, a, b, c, d) >= 0)
+  }
+
+  /// After all is unloaded, both views have the arena as they had it first: readable and writable.
+  static func expectPlainArena() {
+    for page in 0..<2 * pages {
+      let rights = harden_call(HARDEN_QUERY, arena + page * 4096, 0, 0, 0)
+      expect("rights of the arena", UInt64(rights & 0xff), equals: 0x33)
+    }
   }
 
   static func slot(_ number: UInt64) -> UInt64 { arena + number * 16 * 4096 }

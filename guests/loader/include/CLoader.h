@@ -58,4 +58,13 @@ LOADER_INLINE uint64_t call_failed_address(void) { return (uint64_t)try_call_fai
 extern uint8_t victim[];
 LOADER_INLINE uint64_t victim_address(void) { return (uint64_t)victim; }
 LOADER_INLINE uint64_t call_function(uint64_t address, uint64_t argument) { return ((uint64_t (*)(uint64_t))address)(argument); }
+// A vector's own stack: IST1 of the boot processor (SDM vol. 3, 7.7).
+LOADER_INLINE void set_interrupt_stack(uint64_t top, uint8_t vector) {
+  extern uint8_t guest_tss[];
+  uint8_t table[16] __attribute__((aligned(16)));
+  __asm__ volatile("sidt 6(%0)" ::"r"(table) : "memory");
+  *(volatile uint32_t *)(guest_tss + 0x24) = (uint32_t)top;
+  *(volatile uint32_t *)(guest_tss + 0x28) = (uint32_t)(top >> 32);
+  *(volatile uint8_t *)(*(uint64_t *)(table + 8) + vector * 16 + 4) = 1;
+}
 LOADER_INLINE void set_idt_probe(uint64_t at) { __asm__ volatile("sidt (%0)" ::"r"(at) : "memory"); }

@@ -1,0 +1,195 @@
+import Foundation
+import Testing
+
+private let why: Comment = "needs the release build and scripts/build-guests"
+
+/// The guest `loader` with and without `--harden`: by one body on every engine that has views.
+@Suite(.enabled(if: VMM.isBuilt, why), .serialized)
+struct HardeningTests {
+  static let engines = ["soft"]
+
+  /// Signed modules, a policy with their key, and where audits go.
+  private final class Workshop {
+    let folder: TemporaryFolder
+    let key: String
+    let policy: String
+    var audit: String { folder.path + "/audit.jsonl" }
+
+    init(_ more: String = "") throws {
+      folder = try TemporaryFolder()
+      let made = try VMM.run("harden", "keygen", folder.path + "/key")
+      #expect(made.status == 0, "\(made.errors)")
+      key = made.output.trimmingCharacters(in: .whitespacesAndNewlines)
+      policy = try folder.file(
+        "policy.json", Array(#"{"version": 1, "signatures": {"keys": ["\#(key)"]}\#(more)}"#.utf8))
+    }
+
+    static func plain(_ name: String) -> String { VMM.checkout + "/build/guests/loader-\(name).o" }
+
+    func signed(_ name: String) throws -> String {
+      let output = folder.path + "/\(name).signed"
+      let result = try VMM.run("harden", "sign", "--key", folder.path + "/key", Self.plain(name), output)
+      #expect(result.status == 0, "\(result.errors)")
+      return output
+    }
+
+    /// The audit's lines of a kind.
+    func events(_ kind: String) throws -> [[String: Any]] {
+      try String(contentsOfFile: audit, encoding: .utf8).split(separator: "\n").compactMap { line in
+        let event = try #require(try JSONSerialization.jsonObject(with: Data(line.utf8)) as? [String: Any])
+        return event["event"] as? String == kind ? event : nil
+      }
+    }
+
+    func run(
+      _ engine: String, cpus: Int, hardened: Bool, modules: [String], _ append: String
+    ) throws -> VMM {
+      var arguments = ["run", "loader", "--engine", engine, "--cpus", "\(cpus)", "--time-limit", "240"]
+      if hardened { arguments += ["--harden", policy, "--audit", audit] }
+      for module in modules { arguments += ["--module", module] }
+      return try VMM.run(arguments + ["--append", append])
+    }
+  }
+
+  struct Attack: Sendable, CustomTestStringConvertible {
+    var name: String
+    /// What the audit says of it.
+    var reason: String
+    var module: String?
+    var isSigned = false
+    var cpus = [1, 2]
+    var testDescription: String { name }
+  }
+
+  static let attacks = [
+    Attack(name: "text", reason: "write to a page that is not writable"),
+    Attack(name: "data", reason: "execution of a page that is not executable"),
+    Attack(name: "middle", reason: "entry into the loader elsewhere than at an entry point"),
+    Attack(name: "read-loader", reason: "access to the loader's memory from outside"),
+    Attack(name: "permission", reason: "request for a permission from outside the loader"),
+    Attack(name: "register", reason: "registration after the lock"),
+    Attack(name: "alias-text", reason: "write to a page that is not writable"),
+    Attack(name: "alias-loader", reason: "access to the loader's memory from outside"),
+    Attack(name: "remap", reason: "the page tables no longer lead to the registered loader"),
+    Attack(name: "module", reason: "signature is missing", module: "counter"),
+    Attack(name: "smp", reason: "write to a page that is not writable", module: "counter", isSigned: true, cpus: [2]),
+    Attack(name: "dma", reason: "a device's access to protected memory"),
+  ]
+
+  @Test(arguments: engines, attacks)
+  func attacksAreBlockedAndElseSucceed(_ engine: String, _ attack: Attack) throws {
+    let shop = try Workshop()
+    let modules = try attack.module.map { [try attack.isSigned ? shop.signed($0) : Workshop.plain($0)] } ?? []
+    for cpus in attack.cpus {
+      let free = try shop.run(engine, cpus: cpus, hardened: false, modules: modules, "attack=\(attack.name)")
+      #expect(free.status == 0, "\(free.output) \(free.errors)")
+      #expect(free.output.contains("attack \(attack.name): succeeded"), "\(free.output)")
+      let hardened = try shop.run(engine, cpus: cpus, hardened: true, modules: modules, "attack=\(attack.name)")
+      #expect(hardened.status == 0, "\(hardened.output) \(hardened.errors)")
+      #expect(hardened.output.contains("attack \(attack.name): blocked"), "\(hardened.output)")
+      let denied = try shop.events("denied")
+      #expect(
+        denied.contains { ($0["reason"] as? String)?.contains(attack.reason) == true }, "\(attack.name): \(denied)")
+    }
+  }
+
+  @Test(arguments: engines)
+  func aModuleThatWasTamperedWithIsRefused(_ engine: String) throws {
+    let shop = try Workshop()
+    let path = try shop.signed("counter")
+    var bytes = [UInt8](try Data(contentsOf: URL(fileURLWithPath: path)))
+    bytes[0x44] ^= 1
+    let tampered = try shop.folder.file("tampered", bytes)
+    let result = try shop.run(engine, cpus: 1, hardened: true, modules: [tampered], "attack=module")
+    #expect(result.output.contains("attack module: blocked"), "\(result.output) \(result.errors)")
+    // A key that the policy does not know is as good as none.
+    let other = try Workshop()
+    let foreign = try shop.run(engine, cpus: 1, hardened: true, modules: [other.signed("counter")], "attack=module")
+    #expect(foreign.output.contains("attack module: blocked"), "\(foreign.output) \(foreign.errors)")
+  }
+
+  @Test(arguments: engines, ["hold", "resume"])
+  func anInterruptDoesNotSteerTheLoader(_ engine: String, _ rule: String) throws {
+    let shop = try Workshop(#", "interrupts": {"rule": "\#(rule)", "bound-ms": 10000}"#)
+    for cpus in [1, 2] {
+      let free = try shop.run(engine, cpus: cpus, hardened: false, modules: [], "attack=interrupt")
+      #expect(free.output.contains("attack interrupt: succeeded"), "\(free.output) \(free.errors)")
+      let result = try shop.run(engine, cpus: cpus, hardened: true, modules: [], "attack=interrupt")
+      #expect(result.output.contains("attack interrupt: blocked"), "\(result.output) \(result.errors)")
+      #expect(result.output.contains("interrupts: 1, \(rule == "hold" ? 0 : 1) in the loader"), "\(result.output)")
+      #expect(try shop.events("suspend").count == (rule == "hold" ? 0 : 1))
+    }
+  }
+
+  @Test(arguments: ["wp": "cr0.wp", "idt": "idtr"])
+  func pinnedRegistersStay(_ attack: String, _ register: String) throws {
+    let shop = try Workshop(#", "pin": ["cr0.wp", "cr4.smep", "cr4.smap", "efer.nxe", "idtr", "gdtr"]"#)
+    let free = try shop.run("soft", cpus: 1, hardened: false, modules: [], "attack=\(attack)")
+    #expect(free.output.contains("attack \(attack): succeeded"), "\(free.output)")
+    let result = try shop.run("soft", cpus: 1, hardened: true, modules: [], "attack=\(attack)")
+    #expect(result.output.contains("attack \(attack): blocked"), "\(result.output) \(result.errors)")
+    #expect(try shop.events("denied").contains { $0["reason"] as? String == "change of \(register)" })
+  }
+
+  @Test(arguments: engines, [1, 2])
+  func modulesAreLoadedAndUnloaded(_ engine: String, cpus: Int) throws {
+    let shop = try Workshop()
+    let modules = try ["counter", "greeter", "sums"].map { try shop.signed($0) }
+    for hardened in [false, true] {
+      let result = try shop.run(engine, cpus: cpus, hardened: hardened, modules: modules, "")
+      #expect(result.status == 0, "\(result.output) \(result.errors)")
+      #expect(result.output.contains("module 0: returned 11\n"), "\(result.output)")
+      #expect(result.output.contains("greeter: a module says hello\n"))
+      #expect(result.output.contains("module 2: returned 65\n"))
+      #expect(result.output.contains("loader: all passed"))
+    }
+    #expect(try shop.events("enter").count == shop.events("leave").count)
+    #expect(try shop.events("denied").isEmpty)
+  }
+
+  /// The log reaction lets all through, and the stop reaction nothing more.
+  @Test(arguments: engines)
+  func reactions(_ engine: String) throws {
+    let log = try Workshop(#", "reaction": "log""#)
+    let logged = try log.run(engine, cpus: 1, hardened: true, modules: [], "attack=text")
+    #expect(logged.output.contains("attack text: succeeded"), "\(logged.output) \(logged.errors)")
+    #expect(try log.events("denied").count == 1)
+    let stop = try Workshop(#", "reaction": "stop""#)
+    let stopped = try stop.run(engine, cpus: 1, hardened: true, modules: [], "attack=text")
+    #expect(stopped.status == 134, "\(stopped.output)")
+    #expect(stopped.errors.contains("the guest was stopped: write to a page that is not writable"))
+  }
+
+  @Test(arguments: engines)
+  func tenThousandLoads(_ engine: String) throws {
+    let shop = try Workshop()
+    let modules = try ["counter", "greeter", "sums"].map { try shop.signed($0) }
+    let count = engine == "soft" ? 10_000 : 200
+    let result = try shop.run(engine, cpus: 1, hardened: true, modules: modules, "cycles=\(count)")
+    #expect(result.status == 0, "\(result.output.suffix(300)) \(result.errors)")
+    #expect(result.output.contains("cycles: \(count)"))
+    // Each load and each unload is a visit, after three of both before. The guest looks that no page kept any rights.
+    #expect(try shop.events("enter").count == 2 * count + 6)
+    #expect(try shop.events("leave").count == 2 * count + 6)
+  }
+
+  @Test func toolsSayWhatIsWrong() throws {
+    let shop = try Workshop()
+    let check = try VMM.run("harden", "check", shop.policy)
+    #expect(check.status == 0)
+    #expect(check.output.contains("signed with one of 1 key"))
+    let bad = try shop.folder.file("bad.json", Array(#"{"version": 1, "reaction": 3}"#.utf8))
+    let refused = try VMM.run("harden", "check", bad)
+    #expect(refused.status == 66)
+    #expect(refused.errors.contains("reaction"))
+    let again = try VMM.run("harden", "keygen", shop.folder.path + "/key")
+    #expect(again.status == 74)
+    let page = shop.folder.path + "/page.html"
+    _ = try shop.run("soft", cpus: 2, hardened: true, modules: [], "attack=middle")
+    let drawn = try VMM.run("harden", "timeline", shop.audit, page)
+    #expect(drawn.status == 0, "\(drawn.errors)")
+    let html = try String(contentsOfFile: page, encoding: .utf8)
+    #expect(html.contains("<svg") && html.contains("entry into the loader elsewhere"))
+    #expect(!html.contains("http://") || html.components(separatedBy: "http://").count == 2)
+  }
+}
