@@ -42,6 +42,7 @@ let fuzzers: [Target] =
     fuzzer("FuzzBoot", ["Accelerator", "Boot", "GuestMemory"]),
     fuzzer("FuzzCPU", ["RandomCode"]),
     fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
+    fuzzer("FuzzNBD", ["BlockLayer", "NBD"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
     fuzzer("FuzzQcow2", ["BlockLayer"]),
   ]
@@ -85,6 +86,8 @@ let package = Package(
       name: "BlockLayer", dependencies: ["CCompression", "CLinux", "Host"], swiftSettings: strict,
       linkerSettings: [.linkedLibrary(":libz.a"), .linkedLibrary(":libzstd.a")]),
 
+    library("NBD", ["BlockLayer", "Host"]),
+
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
     library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
@@ -110,9 +113,8 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestMemory", "Host",
-        "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "PlatformDevices",
-        "SoftAccelerator",
-        "StateTree", "Virtio",
+        "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "NBD", "PlatformDevices",
+        "SoftAccelerator", "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
@@ -165,6 +167,7 @@ let package = Package(
         "StateTree",
       ]),
     tests("BlockLayerTests", ["BlockLayer", "Host"]),
+    tests("NBDTests", ["BlockLayer", "Host", "NBD"]),
     tests(
       "VirtioTests",
       ["BlockLayer", "DeviceModel", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),

@@ -1,30 +1,36 @@
 /// Numbers of on-disk structures, which are big-endian and may lie anywhere in a buffer.
 extension UnsafeRawPointer {
-  func bigEndian16(_ offset: Int) -> UInt16 {
+  package func bigEndian16(_ offset: Int) -> UInt16 {
     UInt16(bigEndian: loadUnaligned(fromByteOffset: offset, as: UInt16.self))
   }
-  func bigEndian32(_ offset: Int) -> UInt32 {
+  package func bigEndian32(_ offset: Int) -> UInt32 {
     UInt32(bigEndian: loadUnaligned(fromByteOffset: offset, as: UInt32.self))
   }
-  func bigEndian64(_ offset: Int) -> UInt64 {
+  package func bigEndian64(_ offset: Int) -> UInt64 {
     UInt64(bigEndian: loadUnaligned(fromByteOffset: offset, as: UInt64.self))
   }
 }
 
 extension UnsafeMutableRawPointer {
-  func bigEndian64(_ offset: Int) -> UInt64 { UnsafeRawPointer(self).bigEndian64(offset) }
+  package func bigEndian64(_ offset: Int) -> UInt64 { UnsafeRawPointer(self).bigEndian64(offset) }
 
-  func storeBigEndian(_ value: some FixedWidthInteger, _ offset: Int) {
+  package func storeBigEndian(_ value: some FixedWidthInteger, _ offset: Int) {
     storeBytes(of: value.bigEndian, toByteOffset: offset, as: type(of: value))
   }
 }
 
 extension [UInt8] {
-  func bigEndian16(_ offset: Int) -> UInt16 { withUnsafeBytes { $0.baseAddress.map { $0.bigEndian16(offset) } ?? 0 } }
-  func bigEndian32(_ offset: Int) -> UInt32 { withUnsafeBytes { $0.baseAddress.map { $0.bigEndian32(offset) } ?? 0 } }
-  func bigEndian64(_ offset: Int) -> UInt64 { withUnsafeBytes { $0.baseAddress.map { $0.bigEndian64(offset) } ?? 0 } }
+  package func bigEndian16(_ offset: Int) -> UInt16 {
+    withUnsafeBytes { $0.baseAddress.map { $0.bigEndian16(offset) } ?? 0 }
+  }
+  package func bigEndian32(_ offset: Int) -> UInt32 {
+    withUnsafeBytes { $0.baseAddress.map { $0.bigEndian32(offset) } ?? 0 }
+  }
+  package func bigEndian64(_ offset: Int) -> UInt64 {
+    withUnsafeBytes { $0.baseAddress.map { $0.bigEndian64(offset) } ?? 0 }
+  }
 
-  mutating func appendBigEndian(_ value: some FixedWidthInteger) {
+  package mutating func appendBigEndian(_ value: some FixedWidthInteger) {
     Swift.withUnsafeBytes(of: value.bigEndian) { append(contentsOf: $0) }
   }
 }

@@ -7,7 +7,7 @@ import Virtio
 /// The value of `--disk`: `FILE[,id=][,format=][,readonly=][,cache=][,rerror=][,werror=]`; a comma in a name is doubled.
 struct DiskOption: ExpressibleByArgument {
   /// How the host's page cache is used.
-  enum Cache: String, CaseIterable {
+  enum Cache: String, CaseIterable, ExpressibleByArgument {
     case writeback, none, unsafe
   }
 

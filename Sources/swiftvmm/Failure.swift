@@ -6,6 +6,7 @@ import GuestMemory
 import Host
 import LoaderHardening
 import Machine
+import NBD
 
 /// Exit statuses that other programs rely on; the ones a guest chooses are in `Outcome.status`.
 enum ExitStatus: Int32 {
@@ -39,6 +40,7 @@ enum Failure: Error {
   case control(String)
   case accelerator(AcceleratorError)
   case disk(BlockError)
+  case nbd(NBDError)
   case diskNeedsSize(path: String)
   case diskNeedsBackingFormat(name: String)
   case diskShrinks(path: String, from: UInt64, to: UInt64)
@@ -56,7 +58,7 @@ enum Failure: Error {
     case .disk(let error): Self.status(error)
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
-    case .output, .host, .control, .diskClosed: .inputOutput
+    case .nbd, .output, .host, .control, .diskClosed: .inputOutput
     case .accelerator(let error): Self.status(error)
     case .machine(let error): Self.status(error)
     }
@@ -120,6 +122,7 @@ enum Failure: Error {
     case .control(let text): text
     case .accelerator(let error): "\(error)"
     case .disk(let error): "\(error)"
+    case .nbd(let error): "\(error)"
     case .diskNeedsSize(let path): "the size of \(path) is missing: give one such as 10G, or a backing file with -b"
     case .diskNeedsBackingFormat(let name):
       "the format of the backing file \(name) is missing: give it with -F, for whoever can write a raw disk could fake one"

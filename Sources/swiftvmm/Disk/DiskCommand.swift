@@ -11,7 +11,7 @@ struct DiskCommand: ParsableCommand {
     subcommands: [
       DiskCreateCommand.self, DiskInfoCommand.self, DiskCheckCommand.self, DiskMapCommand.self,
       DiskConvertCommand.self, DiskSnapshotCommand.self, DiskCommitCommand.self, DiskRebaseCommand.self,
-      DiskResizeCommand.self, DiskCompareCommand.self,
+      DiskResizeCommand.self, DiskCompareCommand.self, DiskServeCommand.self,
     ])
 }
 
