@@ -22,7 +22,7 @@ struct OtherToolsTests {
         "24M",
       ],
       ["qemu-img", "bitmap", "--add", top, "bits"],
-      ["qemu-io", "-f", "qcow2", "-c", "write -P 3 1M 64k", "-c", "write -z 2M 1M", "-c", "write -P 4 21M 7k", top],
+      ["qemu-io", "-f", "qcow2", "-c", "write -P 3 1M 64k", "-c", "write -z 2M 1M", "-c", "write -P 4 21M 64k", top],
       ["qemu-img", "bitmap", "--disable", top, "bits"],
     ] {
       let result = try hostTool(arguments)
