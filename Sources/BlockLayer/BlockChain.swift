@@ -19,7 +19,7 @@ public final class BlockChain {
     /// The layer with all below it.
     public let node: any BlockNode
     /// Its file.
-    public let file: HostFile
+    public let file: any BlockFile
 
     /// The layer, where its format is qcow2.
     public var qcow2: Qcow2Image? { node as? Qcow2Image }
@@ -52,7 +52,7 @@ public final class BlockChain {
         var layerAccess = access
         layerAccess.writable = access.writable && (layers.isEmpty || layers.count == writableDepth)
         let layer = try Self.open(path, format, layerAccess, options, queue)
-        guard seen.insert(layer.file.identity).inserted else { throw .chainLoop(path: path) }
+        if let identity = layer.file.identity, !seen.insert(identity).inserted { throw .chainLoop(path: path) }
         layers.last?.qcow2?.backing = layer.node
         layers.append(layer)
         next = backing ? try Self.backing(of: layer) : nil
@@ -71,7 +71,7 @@ public final class BlockChain {
   private static func open(
     _ path: String, _ format: ImageFormat?, _ access: FileAccess, _ options: Qcow2Image.Options, _ queue: any IOQueue
   ) throws(BlockError) -> Layer {
-    let file = try HostFile(path: path, access: access, queue: queue)
+    let file = try openFile(path, access, queue)
     do throws(BlockError) {
       let format = if let format { format } else { try probe(file) }
       let node: any BlockNode =
@@ -84,6 +84,14 @@ public final class BlockChain {
       file.close()
       throw error
     }
+  }
+
+  /// A file of the host, or an export of an NBD server.
+  private static func openFile(
+    _ path: String, _ access: FileAccess, _ queue: any IOQueue
+  ) throws(BlockError) -> any BlockFile {
+    guard NBDURI.isURI(path) else { return try HostFile(path: path, access: access, queue: queue) }
+    return try NBDFile(NBDURI(path), access: access, queue: queue)
   }
 
   /// The format that a file's bytes say.
@@ -104,7 +112,7 @@ public final class BlockChain {
   /// A backing file's name is relative to the image that has it.
   public static func resolve(_ name: String, besides path: String) -> String {
     let name = name.hasPrefix("file:") ? String(name.dropFirst(5)) : name
-    guard !name.hasPrefix("/"), let slash = path.lastIndex(of: "/") else { return name }
+    guard !name.hasPrefix("/"), !NBDURI.isURI(name), let slash = path.lastIndex(of: "/") else { return name }
     return String(path[...slash]) + name
   }
 

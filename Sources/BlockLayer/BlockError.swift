@@ -28,6 +28,8 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
   case exists(what: String, name: String, path: String)
   /// A value that the operation cannot take.
   case invalid(what: String, value: String, expected: String)
+  /// An NBD server that cannot be used, or breaks the protocol.
+  case remote(uri: String, NBDFault)
   /// The host can give no I/O queue.
   case queue(HostError)
 
@@ -51,6 +53,7 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
     case .unknown(let what, let name, let path): "\(path) has no \(what) \(name)"
     case .exists(let what, let name, let path): "\(path) has a \(what) \(name) already; choose another name"
     case .invalid(let what, let value, let expected): "\(what) \(value): expected \(expected)"
+    case .remote(let uri, let fault): "cannot use \(uri): \(fault)"
     case .queue(let error): "\(error)"
     }
   }

@@ -123,9 +123,18 @@ public protocol BlockFile: AnyObject {
   func hole(at offset: UInt64, length: UInt64) -> (isHole: Bool, length: UInt64)
   /// Closes the file.
   func close()
+  /// Names the bytes, whatever object and path they are reached by; nil where nothing does.
+  var identity: FileIdentity? { get }
+  /// Bytes that are set aside for the file; nil where nobody knows.
+  var allocatedBytes: UInt64? { get }
 }
 
 extension BlockFile {
+  /// Nothing does.
+  public var identity: FileIdentity? { nil }
+  /// Nobody knows.
+  public var allocatedBytes: UInt64? { nil }
+
   func readArray(at offset: UInt64, count: Int) throws(BlockError) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count)
     do {

@@ -46,6 +46,7 @@ enum Failure: Error {
   case diskShrinks(path: String, from: UInt64, to: UInt64)
   case diskHasNoBacking(path: String)
   case diskIsNotBacking(base: String, of: String)
+  case diskIsRemote(path: String)
   case diskIsNotQcow2(path: String, operation: String)
   case diskMapNeedsJSON(path: String, offset: UInt64)
 
@@ -53,7 +54,7 @@ enum Failure: Error {
     switch self {
     case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
-    case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
+    case .diskIsRemote, .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
     case .disk(let error): Self.status(error)
     case .engineMissing: .unavailable
@@ -69,7 +70,7 @@ enum Failure: Error {
     case .malformed, .unsupported, .damaged, .backing, .chainTooDeep, .chainLoop, .unknown, .exists: .badInput
     case .io(let call, _, _): call == "open" ? .badInput : .inputOutput
     case .invalid, .outOfRange: .usage
-    case .locked, .readOnly: .inputOutput
+    case .locked, .readOnly, .remote: .inputOutput
     case .queue: .unavailable
     }
   }
@@ -131,6 +132,7 @@ enum Failure: Error {
     case .diskHasNoBacking(let path): "\(path) has no backing file to commit to"
     case .diskIsNotBacking(let base, let path):
       "\(base) is not in the backing chain of \(path): see disk info --backing-chain"
+    case .diskIsRemote(let path): "\(path) is on a server, where images cannot be made; use -n to write into it"
     case .diskIsNotQcow2(let path, let operation): "\(path) is not qcow2, and \(operation) needs that"
     case .diskMapNeedsJSON(let path, let offset):
       "\(path) has compressed clusters (at \(offset)), which have no plain place in the file: use --json"

@@ -34,7 +34,7 @@ public final class HostFile: BlockFile {
   private let queue: any IOQueue
   private let access: FileAccess
   /// Identifies the file, whatever its name.
-  let identity: FileIdentity
+  public let identity: FileIdentity?
   /// Transfers of O_DIRECT are multiples of this; 1 otherwise.
   private let alignment: UInt64
   private var isClosed = false
@@ -55,7 +55,7 @@ public final class HostFile: BlockFile {
     var status = stat()
     guard fstat(file.rawValue, &status) == 0 else { throw .io(call: "stat", path: path, errno: errno) }
     guard status.st_mode & S_IFMT != S_IFDIR else { throw .io(call: "open", path: path, errno: EISDIR) }
-    identity = FileIdentity(device: status.st_dev, inode: status.st_ino)
+    identity = .file(device: status.st_dev, inode: status.st_ino)
     let end = lseek(file.rawValue, 0, SEEK_END)
     guard end >= 0 else { throw .io(call: "seek in", path: path, errno: errno) }
     length = UInt64(end)
@@ -236,9 +236,9 @@ public final class HostFile: BlockFile {
   }
 
   /// Bytes that the host has set aside for the file.
-  public var allocatedBytes: UInt64 {
+  public var allocatedBytes: UInt64? {
     var status = stat()
-    return fstat(file.rawValue, &status) == 0 ? UInt64(status.st_blocks) * 512 : 0
+    return fstat(file.rawValue, &status) == 0 ? UInt64(status.st_blocks) * 512 : nil
   }
 
   /// Has the host set aside storage for the whole file: posix_fallocate(3).
@@ -256,10 +256,12 @@ public final class HostFile: BlockFile {
   }
 }
 
-/// A file, whatever its name.
-struct FileIdentity: Hashable {
-  let device: UInt
-  let inode: UInt
+/// What names bytes, whatever their path.
+public enum FileIdentity: Hashable, Sendable {
+  /// A file of the host.
+  case file(device: UInt, inode: UInt)
+  /// An export of an NBD server.
+  case export(uri: String)
 }
 
 extension BlockRequest {

@@ -78,14 +78,14 @@ extension ChainExtent {
 extension BlockNode {
   func isSameLayer(as other: any BlockNode) -> Bool {
     if self === other { return true }
-    guard let mine = hostFile?.identity, let theirs = other.hostFile?.identity else { return false }
+    guard let mine = layerFile?.identity, let theirs = other.layerFile?.identity else { return false }
     return mine == theirs
   }
 
-  private var hostFile: HostFile? {
+  private var layerFile: (any BlockFile)? {
     switch self {
-    case let image as Qcow2Image: image.file as? HostFile
-    case let image as RawImage: image.file as? HostFile
+    case let image as Qcow2Image: image.file
+    case let image as RawImage: image.file
     default: nil
     }
   }

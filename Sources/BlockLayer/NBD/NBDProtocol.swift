@@ -67,6 +67,7 @@ package enum NBDProtocol {
     package static let policy: UInt32 = errorBit | 2
     package static let invalid: UInt32 = errorBit | 3
     package static let unknown: UInt32 = errorBit | 6
+    package static let needsTLS: UInt32 = errorBit | 5
     package static let tooBig: UInt32 = errorBit | 9
   }
 

@@ -56,6 +56,7 @@ struct DiskFormatOptions {
 
   /// Makes an empty disk, with its storage where that was asked for.
   func make(_ path: String, format: ImageFormat, size: UInt64, queue: any IOQueue) throws {
+    if NBDURI.isURI(path) { throw Failure.diskIsRemote(path: path) }
     if backingName != nil, preallocation != .off { throw Failure.conflict("-b", "-o preallocation") }
     try HostFile.create(path, length: format == .raw ? size : 0)
     if format == .qcow2 {
@@ -79,7 +80,7 @@ struct DiskFormatOptions {
     try withChain(chain) {
       try chain.layers[0].qcow2?.preallocate()
       if preallocation == .metadata { return }
-      try chain.layers[0].file.allocateStorage()
+      try (chain.layers[0].file as? HostFile)?.allocateStorage()
       if preallocation == .falloc { return }
       let zeros = DiskBuffer(count: 2 << 20, zeroed: true)
       var offset: UInt64 = 0

@@ -34,7 +34,7 @@ struct DiskInfoCommand: ParsableCommand {
     object["virtual-size"] = JSONValue(layer.node.size)
     object["filename"] = .string(layer.path)
     object["format"] = .string(layer.format.rawValue)
-    object["actual-size"] = JSONValue(layer.file.allocatedBytes)
+    if let bytes = layer.file.allocatedBytes { object["actual-size"] = JSONValue(bytes) }
     object["dirty-flag"] = .bool(layer.qcow2?.isMarkedDirty ?? false)
     guard let image = layer.qcow2 else { return .object(object) }
     object["cluster-size"] = JSONValue(image.clusterSize)
@@ -74,7 +74,7 @@ struct DiskInfoCommand: ParsableCommand {
     var lines = [
       "image: \(layer.path)", "file format: \(layer.format.rawValue)",
       "virtual size: \(readableSize(layer.node.size)) (\(layer.node.size) bytes)",
-      "disk size: \(readableSize(layer.file.allocatedBytes))",
+      "disk size: \(layer.file.allocatedBytes.map(readableSize) ?? "unavailable")",
     ]
     guard let image = layer.qcow2 else { return lines.joined(separator: "\n") }
     lines.append("cluster_size: \(image.clusterSize)")
