@@ -7,7 +7,7 @@ struct BenchCommand: ParsableCommand {
     abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
     discussion: "Example: swiftvmm bench start exits --json")
 
-  @Argument(help: "start, exits, cpu, linux-boot, disk; all of them without a name.")
+  @Argument(help: "start, exits, cpu, linux-boot, disk, nbd; all of them without a name.")
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -35,7 +35,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk
+  case disk, nbd
 
   var title: String {
     switch self {
@@ -44,6 +44,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .cpu: "cpu: million guest instructions a second; of copies by rep movsq, gigabytes"
     case .linuxBoot: "linux-boot: process start to userland, and to power-off"
     case .disk: "disk: whole commands on images of 1 GiB of data, all allocated"
+    case .nbd: "nbd: a whole disk read by nbdcopy over a unix socket"
     }
   }
 
@@ -54,6 +55,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .cpu: try CPUBenchmark(runs: runs).measure()
     case .linuxBoot: try LinuxBootBenchmark(runs: runs).measure()
     case .disk: try DiskBenchmark(runs: runs).measure()
+    case .nbd: try NBDBenchmark(runs: runs).measure()
     }
   }
 }

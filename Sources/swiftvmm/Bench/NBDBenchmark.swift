@@ -1,0 +1,107 @@
+import BlockLayer
+import Glibc
+import Host
+
+/// A whole disk read over a unix socket by nbdcopy, from our server and qemu-nbd in turns, on the same files.
+struct NBDBenchmark {
+  let runs: Int
+  private static let mebibytes: UInt64 = 1024
+  /// Every fourth mebibyte of the sparse disk has data.
+  private static let sparsity: UInt64 = 4
+
+  func measure() throws(Failure) -> BenchTable {
+    var table = BenchTable([
+      .init(name: "swiftvmm", unit: "GiB/s", digits: 2), .init(name: "qemu-nbd", unit: "GiB/s", digits: 2),
+    ])
+    table.notes = ["GiB of data, in the page cache; several connections, as nbdcopy opens where the server allows them"]
+    let folder = try TemporaryDirectory()
+    do throws(BlockError) {
+      try makeImages(folder.path)
+    } catch {
+      throw .disk(error)
+    }
+    try add(&table, "raw", "raw", folder.path + "/raw", folder.path)
+    try add(&table, "qcow2", "qcow2", folder.path + "/qcow2", folder.path)
+    try add(&table, "raw, 4 GiB with 1 GiB of data", "raw", folder.path + "/sparse", folder.path)
+    return table
+  }
+
+  private func makeImages(_ folder: String) throws(BlockError) {
+    let queue = try makeIOQueue()
+    try HostFile.create("\(folder)/raw", length: Self.mebibytes << 20)
+    try HostFile.create("\(folder)/sparse", length: (Self.mebibytes * Self.sparsity) << 20)
+    try HostFile.create("\(folder)/qcow2")
+    let file = try HostFile(path: "\(folder)/qcow2", access: FileAccess(writable: true), queue: queue)
+    try Qcow2Image.create(Qcow2CreateOptions(size: Self.mebibytes << 20), in: file)
+    file.close()
+    let buffer = DiskBuffer(count: 1 << 20)
+    memset(buffer.start, 7, 1 << 20)
+    for (name, format, sparsity) in [
+      ("raw", ImageFormat.raw, 1), ("qcow2", .qcow2, 1), ("sparse", .raw, Self.sparsity),
+    ] {
+      let chain = try BlockChain(
+        path: "\(folder)/\(name)", format: format, access: FileAccess(writable: true), queue: queue)
+      for index in 0..<Self.mebibytes {
+        try chain.top.perform(.write, at: (index * sparsity) << 20, memory: buffer.bytes, on: queue)
+      }
+      try chain.close()
+    }
+  }
+
+  private func add(
+    _ table: inout BenchTable, _ name: String, _ format: String, _ image: String, _ folder: String
+  ) throws(Failure) {
+    let socket = folder + "/socket"
+    let options = ["-r", "-t", "-e", "8", "-f", format, "-k", socket, image]
+    let client = BenchProcess(
+      name: "nbdcopy", command: ["timeout", "60", "nbdcopy", "nbd+unix:///?socket=\(socket)", "null:"])
+    var figures: [[Double]] = [[], []]
+    var note = ""
+    for _ in 0..<min(runs, 9) {
+      for (index, program) in [["/proc/self/exe", "disk", "serve"], ["qemu-nbd"]].enumerated()
+      where note.isEmpty || index == 0 {
+        let server: ServerProcess
+        do {
+          server = try ServerProcess(program + options, socket: socket)
+        } catch {
+          note = "\(program[0]) left out: \(error)"
+          continue
+        }
+        let child = try client.run { note = $0 }
+        server.end()
+        if let child { figures[index].append(Double(Self.mebibytes) / 1024 / (Double(child.wallNanoseconds) / 1e9)) }
+      }
+    }
+    table.add(name, figures.map { $0.isEmpty ? nil : Samples($0) }, note: note)
+  }
+}
+
+/// A server in another process, for as long as a client needs it.
+private struct ServerProcess {
+  private let process: pid_t
+  private let socket: String
+
+  /// Starts it and waits for its unix socket, ten seconds at most.
+  init(_ arguments: [String], socket: String) throws(HostError) {
+    self.socket = socket
+    var actions = posix_spawn_file_actions_t()
+    posix_spawn_file_actions_init(&actions)
+    defer { posix_spawn_file_actions_destroy(&actions) }
+    for descriptor in Int32(0)...2 { posix_spawn_file_actions_addopen(&actions, descriptor, "/dev/null", O_RDWR, 0) }
+    var words: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) }
+    defer { for word in words { free(word) } }
+    words.append(nil)
+    var process = pid_t()
+    let code = posix_spawnp(&process, arguments[0], &actions, nil, words, environ)
+    guard code == 0 else { throw .path("run", path: arguments[0], errno: code) }
+    self.process = process
+    for _ in 0..<1000 where access(socket, F_OK) != 0 { usleep(10_000) }
+  }
+
+  func end() {
+    kill(process, SIGKILL)
+    var status: Int32 = 0
+    while waitpid(process, &status, 0) < 0, errno == EINTR {}
+    unlink(socket)
+  }
+}
