@@ -54,7 +54,8 @@ enum Failure: Error {
     switch self {
     case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
-    case .diskIsRemote, .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
+    case .diskIsRemote: .usage
+    case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
     case .disk(let error): Self.status(error)
     case .engineMissing: .unavailable

@@ -142,7 +142,6 @@ struct ClientTests {
     #expect(throws: BlockError.remote(uri: server.uri, .closed)) { try read(chain, at: 0, 512) }
     #expect(throws: BlockError.remote(uri: server.uri, .closed)) { try read(chain, at: 0, 512) }
     try chain.close()
-    #expect(throws: BlockError.self) { try open(server.uri) }
   }
 
   /// What servers that lie say after the handshake to a read of 512 bytes at 0, and what they say in its place.
