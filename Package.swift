@@ -75,7 +75,7 @@ let package = Package(
     library(
       "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "MemoryViews", "StateTree", "X86"],
       settings: hot),
-    library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "StateTree"]),
+    library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "MemoryViews", "StateTree"]),
 
     // Policies on top of views. Signatures are checked here: always optimised.
     library(

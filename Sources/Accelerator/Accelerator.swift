@@ -61,6 +61,10 @@ public struct AcceleratorCapabilities: OptionSet, Sendable {
   public static let instructionLimit = Self(rawValue: 1 << 12)
   /// `pin`.
   public static let registerPinning = Self(rawValue: 1 << 14)
+  /// Views, where the interrupt controllers are in the VMM. Without `.executePermission` no page can be executed that may
+  /// not be read, pages of which a view has been told nothing can be executed where they can be read, and an access that a
+  /// view forbids is told of after its instruction, which it ended without: a write is lost, a read gives 0.
+  public static let memoryViews = Self(rawValue: 1 << 15)
   /// Data watchpoints on reads alone.
   public static let readWatchpoints = Self(rawValue: 1 << 13)
 }
@@ -221,13 +225,15 @@ public protocol VirtualCPU: AnyObject, Sendable {
   /// vCPU's thread, also while it runs. Only where `.instructionLimit` is among the capabilities.
   func limitInstructions(_ count: UInt64)
   /// Makes `view` the one that the vCPU's accesses, fetches and page walks obey from its next instruction on; nil: all of
-  /// memory with all rights. In constant time; only where `.executePermission` is among the capabilities.
+  /// memory with all rights. In constant time; only where `.memoryViews` is among the capabilities.
   func selectView(_ view: MemoryView?) throws(AcceleratorError)
   /// Makes instructions that would change one of these registers an exit (bits: only where they would be cleared); an empty
   /// set lifts that. Only where `.registerPinning` is among the capabilities; on the vCPU's thread.
   func pin(_ registers: Set<PinnedRegister>) throws(AcceleratorError)
   /// What `selectView` chose last.
   var activeView: MemoryView? { get }
+  /// Runs `body` while no `change` returns: what it finds in `activeView` holds until it ends. It must not change rights.
+  func holdingViews<Result>(_ body: () throws(AcceleratorError) -> Result) throws(AcceleratorError) -> Result
   /// Gives the vCPU the PIC's interrupts, once and before the first run, where only the local APICs are the accelerator's
   /// (`.split`).
   func attach(external source: any InterruptSource) throws(AcceleratorError)
@@ -254,6 +260,11 @@ extension VirtualCPU {
 
   /// nil: there are no views here.
   public var activeView: MemoryView? { nil }
+
+  /// As it is: rights change only while no vCPU executes.
+  public func holdingViews<Result>(
+    _ body: () throws(AcceleratorError) -> Result
+  ) throws(AcceleratorError) -> Result { try body() }
 
   /// Refused: nobody sees those instructions here.
   public func pin(_ registers: Set<PinnedRegister>) throws(AcceleratorError) {

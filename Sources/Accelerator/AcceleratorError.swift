@@ -21,6 +21,8 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
   case slotNumber(UInt32, limit: Int)
   /// No memory slot has this number.
   case unknownSlot(UInt32)
+  /// The machine has no memory view with this number.
+  case unknownView(UInt32)
   /// A breakpoint watches a number of bytes that the processor cannot.
   case breakpointLength(address: UInt64, length: UInt8)
   /// More breakpoints than the processor has registers for.
@@ -43,6 +45,7 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
     case .badSlot(let number, let range): "memory slot \(number) at \(range) is not made of whole pages"
     case .slotNumber(let number, let limit): "memory slot \(number) is beyond the \(limit) slots of this host"
     case .unknownSlot(let number): "there is no memory slot \(number)"
+    case .unknownView(let number): "memory view \(number) is not one of this machine"
     case .breakpointLength(let address, let length):
       "a breakpoint at 0x\(String(address, radix: 16)) cannot cover \(length) bytes: 1, 2, 4 or 8, and 1 to execute"
     case .breakpointCount(let count, let limit): "\(count) hardware breakpoints; the processor has \(limit)"

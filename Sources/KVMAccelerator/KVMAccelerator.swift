@@ -19,11 +19,25 @@ public final class KVMAccelerator: Accelerator {
   let extendedStateSize: Int
   /// What the host saves of a vCPU's model-specific registers.
   let modelSpecificIndices: [UInt32]
+  /// What the guest itself may change of them at any time, and so moves with every change of views.
+  let carriedIndices: [UInt32]
+  /// SYSENTER, system calls, GS bases, PAT, TSC_AUX, XSS, SPEC_CTRL, the paravirtual clock.
+  private static let carried: [UInt32] = [
+    0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102, 0xc000_0103, 0x277, 0xda0,
+    0x48, 0x1a0, 0x4b56_4d00, 0x4b56_4d01, 0x11, 0x12,
+  ]
+  /// Whether KVM leaves registers in the page that it shares.
+  let hasSyncedRegisters: Bool
+  /// For measurements: carries the whole state at every change of views, by one call a part.
+  let carriesEverything: Bool
   /// Entries of each vCPU's dirty ring; nil for the dirty log. KVM offers one or the other to a VM.
   let dirtyRingEntries: Int?
 
   /// Opens KVM and asks what it can do.
-  public init(path: String = KVMAccelerator.devicePath, dirtyRingEntries: Int? = nil) throws(AcceleratorError) {
+  public init(
+    path: String = KVMAccelerator.devicePath, dirtyRingEntries: Int? = nil, carriesEverything: Bool = false
+  ) throws(AcceleratorError) {
+    self.carriesEverything = carriesEverything
     do {
       device = try FileDescriptor.open(path, O_RDWR)
     } catch {
@@ -51,12 +65,16 @@ public final class KVMAccelerator: Accelerator {
     }
     extendedStateSize = max(MemoryLayout<kvm_xsave>.size, Int(value(KVM_CAP_XSAVE2)))
     modelSpecificIndices = try Self.savedRegisterIndices(descriptor)
+    carriedIndices = Self.carried.filter { [modelSpecificIndices] in modelSpecificIndices.contains($0) }
+    let synced = CLINUX_KVM_SYNC_X86_REGS | CLINUX_KVM_SYNC_X86_SREGS | CLINUX_KVM_SYNC_X86_EVENTS
+    hasSyncedRegisters = UInt64(max(0, value(KVM_CAP_SYNC_REGS))) & synced == synced
     var capabilities: AcceleratorCapabilities = [.dirtyLog]
     if has(KVM_CAP_READONLY_MEM) { capabilities.insert(.readOnlyMemory) }
     if has(KVM_CAP_IRQCHIP), has(KVM_CAP_PIT2) { capabilities.insert(.inKernelInterrupts) }
     if has(KVM_CAP_SPLIT_IRQCHIP) { capabilities.insert(.splitInterrupts) }
     if has(KVM_CAP_IRQFD), has(KVM_CAP_IOEVENTFD) { capabilities.insert(.eventNotifiers) }
     if has(KVM_CAP_X86_USER_SPACE_MSR), has(KVM_CAP_X86_MSR_FILTER) { capabilities.insert(.controllerRegisters) }
+    if capabilities.contains(.readOnlyMemory), dirtyRingEntries == nil { capabilities.insert(.memoryViews) }
     if has(KVM_CAP_SET_GUEST_DEBUG) { capabilities.insert(.guestDebug) }
     if has(KVM_CAP_TSC_CONTROL) { capabilities.insert(.tscScaling) }
     if Self.hasHardwareVirtualization() {

@@ -18,8 +18,9 @@ extension KVMVirtualCPU {
 
   /// Hands an interrupt to the processor (`KVM_INTERRUPT`). KVM would take a second one in place of the first.
   public func injectInterrupt(vector: UInt8) throws(AcceleratorError) {
+    try settle()
     var request = kvm_interrupt(irq: UInt32(vector))
-    try kvmCall("KVM_INTERRUPT", descriptor.rawValue, CLINUX_KVM_INTERRUPT, with: &request)
+    try kvmCall("KVM_INTERRUPT", descriptor, CLINUX_KVM_INTERRUPT, with: &request)
     shared.pointee.ready_for_interrupt_injection = 0
   }
 
@@ -33,7 +34,8 @@ extension KVMVirtualCPU {
 
   /// Makes an NMI pending (`KVM_NMI`).
   public func injectNMI() throws(AcceleratorError) {
-    _ = try kvmCall("KVM_NMI", descriptor.rawValue, CLINUX_KVM_NMI)
+    try settle()
+    _ = try kvmCall("KVM_NMI", descriptor, CLINUX_KVM_NMI)
   }
 
   /// Injects what the controllers have, or asks for the window in which that can be done.

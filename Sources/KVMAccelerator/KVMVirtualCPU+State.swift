@@ -8,7 +8,11 @@ extension KVMVirtualCPU {
   /// The general registers (`KVM_GET_REGS`).
   public func readRegisters() throws(AcceleratorError) -> GeneralRegisters {
     var regs = kvm_regs()
-    try kvmCall("KVM_GET_REGS", descriptor.rawValue, CLINUX_KVM_GET_REGS, with: &regs)
+    if isSynced {
+      regs = face.registers.pointee.regs
+    } else {
+      try kvmCall("KVM_GET_REGS", descriptor, CLINUX_KVM_GET_REGS, with: &regs)
+    }
     var general = GeneralRegisters()
     general.rax = regs.rax
     general.rbx = regs.rbx
@@ -33,6 +37,7 @@ extension KVMVirtualCPU {
 
   /// Replaces the general registers (`KVM_SET_REGS`).
   public func writeRegisters(_ general: GeneralRegisters) throws(AcceleratorError) {
+    try endForbidden()
     var regs = kvm_regs()
     regs.rax = general.rax
     regs.rbx = general.rbx
@@ -53,13 +58,22 @@ extension KVMVirtualCPU {
     regs.rip = general.rip
     regs.rflags = general.rflags
     forbidInjection()
-    try kvmCall("KVM_SET_REGS", descriptor.rawValue, CLINUX_KVM_SET_REGS, with: &regs)
+    if isSynced {
+      face.registers.pointee.regs = regs
+      shared.pointee.kvm_dirty_regs |= CLINUX_KVM_SYNC_X86_REGS
+      return
+    }
+    try kvmCall("KVM_SET_REGS", descriptor, CLINUX_KVM_SET_REGS, with: &regs)
   }
 
   /// Segment, control and table registers (`KVM_GET_SREGS`).
   public func readSystemRegisters() throws(AcceleratorError) -> SystemRegisters {
     var sregs = kvm_sregs()
-    try kvmCall("KVM_GET_SREGS", descriptor.rawValue, CLINUX_KVM_GET_SREGS, with: &sregs)
+    if isSynced {
+      sregs = face.registers.pointee.sregs
+    } else {
+      try kvmCall("KVM_GET_SREGS", descriptor, CLINUX_KVM_GET_SREGS, with: &sregs)
+    }
     var system = SystemRegisters()
     system.cs = SegmentRegister(sregs.cs)
     system.ds = SegmentRegister(sregs.ds)
@@ -85,8 +99,10 @@ extension KVMVirtualCPU {
   ///
   /// The bitmap of an interrupt being delivered, which the call also carries, is kept as it is.
   public func writeSystemRegisters(_ system: SystemRegisters) throws(AcceleratorError) {
+    try endForbidden()
+    try settle()
     var sregs = kvm_sregs()
-    try kvmCall("KVM_GET_SREGS", descriptor.rawValue, CLINUX_KVM_GET_SREGS, with: &sregs)
+    try kvmCall("KVM_GET_SREGS", descriptor, CLINUX_KVM_GET_SREGS, with: &sregs)
     sregs.cs = kvm_segment(system.cs)
     sregs.ds = kvm_segment(system.ds)
     sregs.es = kvm_segment(system.es)
@@ -104,32 +120,34 @@ extension KVMVirtualCPU {
     sregs.cr8 = system.cr8
     sregs.efer = system.efer
     sregs.apic_base = system.apicBase
-    try kvmCall("KVM_SET_SREGS", descriptor.rawValue, CLINUX_KVM_SET_SREGS, with: &sregs)
+    try kvmCall("KVM_SET_SREGS", descriptor, CLINUX_KVM_SET_SREGS, with: &sregs)
   }
 
   /// The whole state.
   public func readState() throws(AcceleratorError) -> VCPUState {
+    try endForbidden()
+    try settle()
     var state = VCPUState()
     state.general = try readRegisters()
     state.system = try readSystemRegisters()
     state.extended = try readExtendedState()
     var control = kvm_xcrs()
-    try kvmCall("KVM_GET_XCRS", descriptor.rawValue, CLINUX_KVM_GET_XCRS, with: &control)
+    try kvmCall("KVM_GET_XCRS", descriptor, CLINUX_KVM_GET_XCRS, with: &control)
     state.xcr0 = control.xcrs.0.value
     state.modelSpecific = try readModelSpecificRegisters(machine.accelerator.modelSpecificIndices)
     var activity = kvm_mp_state()
-    try kvmCall("KVM_GET_MP_STATE", descriptor.rawValue, CLINUX_KVM_GET_MP_STATE, with: &activity)
+    try kvmCall("KVM_GET_MP_STATE", descriptor, CLINUX_KVM_GET_MP_STATE, with: &activity)
     state.activity = ActivityState(rawValue: activity.mp_state) ?? .runnable
     if machine.interrupts != .userSpace {
       var page = kvm_lapic_state()
-      try kvmCall("KVM_GET_LAPIC", descriptor.rawValue, CLINUX_KVM_GET_LAPIC, with: &page)
+      try kvmCall("KVM_GET_LAPIC", descriptor, CLINUX_KVM_GET_LAPIC, with: &page)
       state.localAPIC = withUnsafeBytes(of: &page) { Array($0) }
     }
     var events = kvm_vcpu_events()
-    try kvmCall("KVM_GET_VCPU_EVENTS", descriptor.rawValue, CLINUX_KVM_GET_VCPU_EVENTS, with: &events)
+    try kvmCall("KVM_GET_VCPU_EVENTS", descriptor, CLINUX_KVM_GET_VCPU_EVENTS, with: &events)
     state.events = PendingEvents(events)
     var debug = kvm_debugregs()
-    try kvmCall("KVM_GET_DEBUGREGS", descriptor.rawValue, CLINUX_KVM_GET_DEBUGREGS, with: &debug)
+    try kvmCall("KVM_GET_DEBUGREGS", descriptor, CLINUX_KVM_GET_DEBUGREGS, with: &debug)
     state.debug.addresses = [debug.db.0, debug.db.1, debug.db.2, debug.db.3]
     state.debug.dr6 = debug.dr6
     state.debug.dr7 = debug.dr7
@@ -143,9 +161,11 @@ extension KVMVirtualCPU {
   /// LAPIC page; the TSC's rate before its value; both and the LAPIC before the TSC deadline that arms its timer; pending
   /// events after everything that clears them.
   public func writeState(_ state: VCPUState) throws(AcceleratorError) {
+    try endForbidden()
+    try settle()
     var activity = kvm_mp_state(mp_state: state.activity.rawValue)
     if machine.interrupts != .userSpace {
-      try kvmCall("KVM_SET_MP_STATE", descriptor.rawValue, CLINUX_KVM_SET_MP_STATE, with: &activity)
+      try kvmCall("KVM_SET_MP_STATE", descriptor, CLINUX_KVM_SET_MP_STATE, with: &activity)
     }
     try writeRegisters(state.general)
     try writeSystemRegisters(state.system)
@@ -153,21 +173,21 @@ extension KVMVirtualCPU {
       var control = kvm_xcrs()
       control.nr_xcrs = 1
       control.xcrs.0.value = state.xcr0
-      try kvmCall("KVM_SET_XCRS", descriptor.rawValue, CLINUX_KVM_SET_XCRS, with: &control)
+      try kvmCall("KVM_SET_XCRS", descriptor, CLINUX_KVM_SET_XCRS, with: &control)
     }
     if !state.extended.isEmpty { try writeExtendedState(state.extended) }
     var debug = kvm_debugregs()
     debug.db = (state.debug.addresses[0], state.debug.addresses[1], state.debug.addresses[2], state.debug.addresses[3])
     debug.dr6 = state.debug.dr6
     debug.dr7 = state.debug.dr7
-    try kvmCall("KVM_SET_DEBUGREGS", descriptor.rawValue, CLINUX_KVM_SET_DEBUGREGS, with: &debug)
+    try kvmCall("KVM_SET_DEBUGREGS", descriptor, CLINUX_KVM_SET_DEBUGREGS, with: &debug)
     if machine.interrupts != .userSpace, !state.localAPIC.isEmpty {
       guard state.localAPIC.count == MemoryLayout<kvm_lapic_state>.size else {
         throw invalid("the size of its local APIC", state.localAPIC.count)
       }
       var page = kvm_lapic_state()
       withUnsafeMutableBytes(of: &page) { $0.copyBytes(from: state.localAPIC) }
-      try kvmCall("KVM_SET_LAPIC", descriptor.rawValue, CLINUX_KVM_SET_LAPIC, with: &page)
+      try kvmCall("KVM_SET_LAPIC", descriptor, CLINUX_KVM_SET_LAPIC, with: &page)
     }
     try writeTSCRate(state.tscKilohertz)
     try writeModelSpecificRegisters(state.modelSpecific)
@@ -175,11 +195,11 @@ extension KVMVirtualCPU {
     // KVM refuses the parts that the virtual machine could not turn on.
     if !machine.hasExceptionPayloads { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_PAYLOAD) }
     if !machine.hasTripleFaultEvents { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_TRIPLE_FAULT) }
-    try kvmCall("KVM_SET_VCPU_EVENTS", descriptor.rawValue, CLINUX_KVM_SET_VCPU_EVENTS, with: &events)
+    try kvmCall("KVM_SET_VCPU_EVENTS", descriptor, CLINUX_KVM_SET_VCPU_EVENTS, with: &events)
   }
 
   /// Kilohertz; 0 where the host does not know.
-  func readTSCRate() -> UInt32 { UInt32(max(0, ioctl(descriptor.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0))) }
+  func readTSCRate() -> UInt32 { UInt32(max(0, ioctl(descriptor, CLINUX_KVM_GET_TSC_KHZ, 0))) }
 
   /// A host that cannot scale keeps its own rate; asked all the same, it may only change what it says the rate is.
   private func writeTSCRate(_ kilohertz: UInt32) throws(AcceleratorError) {
@@ -187,7 +207,7 @@ extension KVMVirtualCPU {
       return
     }
     _ = try kvmCall(
-      "KVM_SET_TSC_KHZ", descriptor.rawValue, CLINUX_KVM_SET_TSC_KHZ,
+      "KVM_SET_TSC_KHZ", descriptor, CLINUX_KVM_SET_TSC_KHZ,
       UnsafeMutableRawPointer(bitPattern: UInt(kilohertz)))
   }
 
@@ -195,27 +215,27 @@ extension KVMVirtualCPU {
     .state(.invalid(node: "vcpu\(index)", field: field, value: UInt64(value)))
   }
 
-  private func readExtendedState() throws(AcceleratorError) -> [UInt8] {
+  func readExtendedState() throws(AcceleratorError) -> [UInt8] {
     let size = machine.accelerator.extendedStateSize
     let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
     defer { area.deallocate() }
     area.initializeMemory(as: UInt8.self, repeating: 0, count: size)
     if size > MemoryLayout<kvm_xsave>.size {
-      _ = try kvmCall("KVM_GET_XSAVE2", descriptor.rawValue, CLINUX_KVM_GET_XSAVE2, area)
+      _ = try kvmCall("KVM_GET_XSAVE2", descriptor, CLINUX_KVM_GET_XSAVE2, area)
     } else {
-      _ = try kvmCall("KVM_GET_XSAVE", descriptor.rawValue, CLINUX_KVM_GET_XSAVE, area)
+      _ = try kvmCall("KVM_GET_XSAVE", descriptor, CLINUX_KVM_GET_XSAVE, area)
     }
     return Array(UnsafeRawBufferPointer(start: area, count: size))
   }
 
-  private func writeExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
+  func writeExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
     let size = machine.accelerator.extendedStateSize
     guard bytes.count <= size else { throw invalid("the size of its extended state", bytes.count) }
     let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
     defer { area.deallocate() }
     area.initializeMemory(as: UInt8.self, repeating: 0, count: size)
     bytes.withUnsafeBytes { UnsafeMutableRawBufferPointer(start: area, count: size).copyMemory(from: $0) }
-    _ = try kvmCall("KVM_SET_XSAVE", descriptor.rawValue, CLINUX_KVM_SET_XSAVE, area)
+    _ = try kvmCall("KVM_SET_XSAVE", descriptor, CLINUX_KVM_SET_XSAVE, area)
   }
 }
 
@@ -227,11 +247,12 @@ extension KVMVirtualCPU {
 
   /// Reads the registers one after another; the ones that this host lists but does not have are left out.
   func readModelSpecificRegisters(_ indices: [UInt32]) throws(AcceleratorError) -> [ModelSpecificRegister] {
+    try settle()
     let table = MSRTable(indices.map { ModelSpecificRegister(index: $0, value: 0) })
     var result: [ModelSpecificRegister] = []
     var first = 0
     while first < table.count {
-      let (done, refused) = try table.call("KVM_GET_MSRS", descriptor.rawValue, CLINUX_KVM_GET_MSRS, from: first)
+      let (done, refused) = try table.call("KVM_GET_MSRS", descriptor, CLINUX_KVM_GET_MSRS, from: first)
       for index in first..<first + done { result.append(table[index]) }
       first += done + (refused ? 1 : 0)
     }
@@ -241,11 +262,12 @@ extension KVMVirtualCPU {
   /// Writes the registers. One that the host refuses is skipped where it has that value anyhow (it is read-only there),
   /// or where it is 0 and the host lacks it.
   func writeModelSpecificRegisters(_ registers: [ModelSpecificRegister]) throws(AcceleratorError) {
+    try settle()
     let ordered = registers.filter { $0.index != Self.tscDeadline } + registers.filter { $0.index == Self.tscDeadline }
     let table = MSRTable(ordered)
     var first = 0
     while first < table.count {
-      let (done, refused) = try table.call("KVM_SET_MSRS", descriptor.rawValue, CLINUX_KVM_SET_MSRS, from: first)
+      let (done, refused) = try table.call("KVM_SET_MSRS", descriptor, CLINUX_KVM_SET_MSRS, from: first)
       first += done
       guard refused else { continue }
       let present = try readModelSpecificRegisters([table[first].index])

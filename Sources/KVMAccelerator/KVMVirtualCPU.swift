@@ -3,6 +3,7 @@ import CLinux
 import Glibc
 import GuestMemory
 import Host
+import MemoryViews
 import StateTree
 import Synchronization
 
@@ -11,11 +12,29 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// Its number and APIC id.
   public let index: Int
   let machine: KVMVirtualMachine
-  let descriptor: FileDescriptor
-  private let mapping: MemoryMapping
-  let shared: UnsafeMutablePointer<kvm_run>
-  /// `immediate_exit` of the shared page: KVM_RUN returns EINTR before it enters the guest while it is 1.
-  private let immediateExit: UnsafeMutablePointer<Atomic<UInt8>>
+  /// KVM's vCPUs that stand for this one, one a view that it has had, by the view's number; 0: no view.
+  var faces: [UInt32: KVMFace]
+  /// The one that runs; `kick` reads its flag's address from other threads.
+  var face: KVMFace {
+    didSet { immediateExitAddress.store(Int(bitPattern: face.immediateExit), ordering: .sequentiallyConsistent) }
+  }
+  private let immediateExitAddress: Atomic<Int>
+  /// The descriptor and the shared page of the one that runs.
+  var descriptor: Int32 { face.descriptor.rawValue }
+  var shared: UnsafeMutablePointer<kvm_run> { face.shared }
+  private var immediateExit: UnsafeMutablePointer<Atomic<UInt8>> { face.immediateExit }
+  /// CPUID's leaves, for faces still to come.
+  let cpuid: [CPUIDLeaf]
+  /// What `selectView` chose last.
+  public internal(set) var activeView: MemoryView?
+  /// The exit that KVM waits for an answer to was about an access that the view forbids.
+  var hasForbidden = false
+  /// Whether this thread is where a change of slots or rights must wait for it.
+  let isInside = Atomic(false)
+  /// Whether the shared page has the registers, as of the last run and with what was written since.
+  var isSynced = false
+  /// What the debugger wants, for every face.
+  var debug = kvm_guest_debug()
   /// A kick that `run` has not answered yet; `completeExit` borrows `immediateExit` and must not lose it.
   private let isKicked = Atomic(false)
   /// Kernel id of the thread that called `run` last, the one to interrupt; 0 before the first. A pthread_t would not do:
@@ -31,24 +50,19 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   init(machine: KVMVirtualMachine, index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) {
     self.machine = machine
     self.index = index
-    let vcpu = FileDescriptor(
-      owning: try kvmCall(
-        "KVM_CREATE_VCPU", machine.descriptor.rawValue, CLINUX_KVM_CREATE_VCPU,
-        UnsafeMutableRawPointer(bitPattern: index)))
-    do {
-      mapping = try MemoryMapping(vcpu, count: machine.accelerator.vcpuMappingSize)
-    } catch {
-      throw .call("mmap of vCPU \(index)", errno: error.errno, reason: HostError.reason(error.errno))
-    }
-    shared = mapping.base.assumingMemoryBound(to: kvm_run.self)
-    immediateExit = (mapping.base + MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!)
-      .assumingMemoryBound(to: Atomic<UInt8>.self)
-    try CPUIDTable(cpuid).call("KVM_SET_CPUID2", vcpu.rawValue, CLINUX_KVM_SET_CPUID2)
-    descriptor = vcpu
+    self.cpuid = cpuid
+    face = try KVMFace(machine, index: index, cpuid: cpuid)
+    faces = [0: face]
+    immediateExitAddress = Atomic(Int(bitPattern: face.immediateExit))
   }
 
   /// Runs the guest (`KVM_RUN`).
   public func run() throws(AcceleratorError) -> VCPUExit {
+    if hasForbidden { try endForbidden() }
+    // A kick that was meant for another face.
+    if machine.hasViews, isKicked.load(ordering: .sequentiallyConsistent) {
+      immediateExit.pointee.store(1, ordering: .sequentiallyConsistent)
+    }
     // Sequentially consistent here and in `kick`: one of the two sees what the other stored.
     if runner.load(ordering: .relaxed) != ThreadIdentity.current.id {
       runner.store(ThreadIdentity.becomeInterruptible().id, ordering: .sequentiallyConsistent)
@@ -76,7 +90,13 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   /// Takes the vCPU out of the guest: the flag stops a run that has not begun, the signal one that has.
   public func kick() {
     isKicked.store(true, ordering: .sequentiallyConsistent)
-    immediateExit.pointee.store(1, ordering: .sequentiallyConsistent)
+    leaveSoon()
+  }
+
+  /// The same for one that has nothing to be told: it comes back, and goes on.
+  func leaveSoon() {
+    let flag = immediateExitAddress.load(ordering: .sequentiallyConsistent)
+    UnsafeMutablePointer<Atomic<UInt8>>(bitPattern: flag)?.pointee.store(1, ordering: .sequentiallyConsistent)
     let thread = runner.load(ordering: .sequentiallyConsistent)
     if thread != 0 { ThreadIdentity(id: thread).interrupt() }
   }
@@ -85,8 +105,20 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
   @inline(__always)
   private func enter() throws(AcceleratorError) -> VCPUExit? {
     while true {
-      let result = ioctl(descriptor.rawValue, CLINUX_KVM_RUN, 0)
+      let hasViews = machine.hasViews
+      if hasViews { machine.gate.enter(self) }
+      let result = ioctl(descriptor, CLINUX_KVM_RUN, 0)
       let code = errno
+      if hasViews {
+        isSynced = shared.pointee.kvm_valid_regs != 0
+        if result >= 0, let exit = serveView() {
+          machine.gate.leave(self)
+          if case .served = exit { continue }
+          if let controller { takeRegisters(controller) }
+          if case .violation(let violation) = exit { return .viewViolation(violation) }
+        }
+        machine.gate.leave(self)
+      }
       if let controller { takeRegisters(controller) }
       if result >= 0 {
         if let controller, try accessRegister(controller) { continue }
@@ -163,9 +195,10 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// Walks the guest's page tables (`KVM_TRANSLATE`).
   public func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress? {
+    try settle()
     var translation = kvm_translation()
     translation.linear_address = linear
-    try kvmCall("KVM_TRANSLATE", descriptor.rawValue, CLINUX_KVM_TRANSLATE, with: &translation)
+    try kvmCall("KVM_TRANSLATE", descriptor, CLINUX_KVM_TRANSLATE, with: &translation)
     return translation.valid != 0 ? GuestPhysicalAddress(translation.physical_address) : nil
   }
 
@@ -201,6 +234,8 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         registers[7] |= (UInt64(breakpoint.kind.rawValue) | length << 2) << UInt64(16 + slot * 4)
       }
     }
-    try kvmCall("KVM_SET_GUEST_DEBUG", descriptor.rawValue, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
+    try settle()
+    self.debug = debug
+    try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
   }
 }

@@ -19,6 +19,20 @@ public final class KVMVirtualMachine: VirtualMachine {
   let hasExceptionPayloads: Bool
   let hasTripleFaultEvents: Bool
   private let slots = Mutex<[UInt32: MemorySlot]>([:])
+  let views = Condition(Views())
+  let viewsExist = Atomic(false)
+  /// Whether there are views, and ever were: from then on vCPUs pass the gate.
+  @inline(__always)
+  var hasViews: Bool { viewsExist.load(ordering: .relaxed) }
+  let gate = KVMGate()
+  private let members = Mutex<[Member]>([])
+  private let doorbells = Mutex<[(doorbell: Doorbell, descriptor: Int32)]>([])
+  /// The table of slots that lookups use, replaced as a whole.
+  private let table = Mutex<[MemorySlot]>([])
+
+  private struct Member {
+    weak var vcpu: KVMVirtualCPU?
+  }
   private let rings = Mutex<[DirtyRing]>([])
 
   /// Below the boot ROM, where no RAM and no device is: VMX needs three pages for a task-state segment, one for an identity map.
@@ -89,8 +103,35 @@ public final class KVMVirtualMachine: VirtualMachine {
     try kvmCall("KVM_ENABLE_CAP", machine, CLINUX_KVM_ENABLE_CAP, with: &request)
   }
 
+  /// The vCPUs.
+  var vcpus: [KVMVirtualCPU] { members.withLock { $0.compactMap(\.vcpu) } }
+  /// The slots.
+  var slotTable: [MemorySlot] { table.withLock { $0 } }
+  /// The doorbells, for views still to come.
+  var attachedDoorbells: [(doorbell: Doorbell, descriptor: Int32)] { doorbells.withLock { $0 } }
+
+  /// Shows lookups the slots as they are.
+  private func publishTable() {
+    let now = slots.withLock { Array($0.values) }
+    table.withLock { $0 = now }
+  }
+
+  /// The slot with an address.
+  func slot(containing address: GuestPhysicalAddress) -> MemorySlot? {
+    table.withLock { table in table.first { $0.range.contains(address) } }
+  }
+
   /// Adds or replaces a slot. KVM cannot resize one or change its access, so a changed slot is removed first.
   public func setMemorySlot(_ slot: MemorySlot) throws(AcceleratorError) {
+    guard hasViews else { return try setSlot(slot) }
+    try gate.whileClosed(vcpus) { () throws(AcceleratorError) in
+      try setSlot(slot)
+      try updateViews(removed: slot.number, set: slot)
+    }
+  }
+
+  private func setSlot(_ slot: MemorySlot) throws(AcceleratorError) {
+    defer { publishTable() }
     // Beyond its limit KVM may take the number's upper half for an address space.
     let limit = Int(accelerator.extensionValue(KVM_CAP_NR_MEMSLOTS))
     guard slot.number < limit else { throw .slotNumber(slot.number, limit: limit) }
@@ -134,6 +175,15 @@ public final class KVMVirtualMachine: VirtualMachine {
 
   /// Removes a slot; unknown numbers are ignored.
   public func removeMemorySlot(_ number: UInt32) throws(AcceleratorError) {
+    guard hasViews else { return try removeSlot(number) }
+    try gate.whileClosed(vcpus) { () throws(AcceleratorError) in
+      try removeSlot(number)
+      try updateViews(removed: number, set: nil)
+    }
+  }
+
+  private func removeSlot(_ number: UInt32) throws(AcceleratorError) {
+    defer { publishTable() }
     try slots.withLock { slots throws(AcceleratorError) in
       guard let slot = slots[number] else { return }
       try displace(slot)
@@ -144,8 +194,9 @@ public final class KVMVirtualMachine: VirtualMachine {
   /// A vCPU, in the state after reset.
   public func makeVCPU(index: Int, cpuid: [CPUIDLeaf]) throws(AcceleratorError) -> any VirtualCPU {
     let vcpu = try KVMVirtualCPU(machine: self, index: index, cpuid: cpuid)
+    members.withLock { $0.append(Member(vcpu: vcpu)) }
     if let entries = accelerator.dirtyRingEntries {
-      let ring = try DirtyRing(vcpu: vcpu.descriptor, entries: entries)
+      let ring = try DirtyRing(vcpu: vcpu.face.descriptor, entries: entries)
       rings.withLock { $0.append(ring) }
     }
     return vcpu
@@ -228,11 +279,18 @@ public final class KVMVirtualMachine: VirtualMachine {
   /// Attaches a doorbell (`KVM_IOEVENTFD`).
   public func attachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError) {
     try setDoorbell(doorbell, eventDescriptor, flags: 0)
+    for shell in shells { try shell.attachDoorbell(doorbell, eventDescriptor: eventDescriptor) }
+    doorbells.withLock { $0.append((doorbell, eventDescriptor)) }
   }
+
+  /// The views' virtual machines.
+  private var shells: [KVMVirtualMachine] { views.withLock { $0.known.values.map(\.shell) } }
 
   /// Detaches a doorbell.
   public func detachDoorbell(_ doorbell: Doorbell, eventDescriptor: Int32) throws(AcceleratorError) {
     try setDoorbell(doorbell, eventDescriptor, flags: CLINUX_KVM_IOEVENTFD_FLAG_DEASSIGN)
+    for shell in shells { try shell.detachDoorbell(doorbell, eventDescriptor: eventDescriptor) }
+    doorbells.withLock { $0.removeAll { $0.doorbell == doorbell && $0.descriptor == eventDescriptor } }
   }
 
   private func setDoorbell(
@@ -265,6 +323,7 @@ public final class KVMVirtualMachine: VirtualMachine {
       }
     }
     try result.get()
+    try mergeViewLogs(number, into: &words)
     return words
   }
 

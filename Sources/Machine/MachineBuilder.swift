@@ -122,7 +122,8 @@ public struct MachineBuilder {
   private func interruptModel() throws(MachineError) -> InterruptControllerModel {
     let capabilities = accelerator.capabilities
     let offered: InterruptControllerModel = capabilities.contains(.splitInterrupts) ? .split : .userSpace
-    let model = configuration.interrupts ?? offered
+    // Views may move a vCPU between virtual machines, and its interrupts must be the same in all of them.
+    let model = configuration.interrupts ?? (configuration.supervisor == nil ? offered : .userSpace)
     let isOffered =
       switch model {
       case .inKernel: capabilities.contains(.inKernelInterrupts)

@@ -77,7 +77,7 @@ public struct MachineConfiguration: Sendable {
   public var takesTurns = false
   /// Where exits and what vCPUs do are written down, if anywhere: a trace a subject.
   public var traces: [Trace] = []
-  /// What decides which memory the vCPUs may touch, if anything; needs `.executePermission`.
+  /// What decides which memory the vCPUs may touch, if anything; needs `.memoryViews`.
   public var supervisor: (any ViewSupervisor)?
   /// What executes single instructions that the accelerator cannot, if anything.
   public var assist: (any InstructionAssist)?

@@ -70,6 +70,19 @@ public final class MemoryView: Sendable {
     }
   }
 
+  /// What the view has been told of the page with a guest-physical address; nil where its default holds.
+  public func entry(_ address: GuestPhysicalAddress) -> Entry? {
+    var node = root
+    var level = 3
+    while true {
+      let word = node.words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
+      guard word & Self.present != 0 else { return nil }
+      if level == 0 { return Entry(word) }
+      node = Self.table(word)
+      level -= 1
+    }
+  }
+
   /// What the view says of the page with a guest-physical address.
   public subscript(_ address: GuestPhysicalAddress) -> Entry {
     var node = root

@@ -9,7 +9,7 @@ public final class SoftAccelerator: Accelerator {
   /// What the software CPUs can do, on every host.
   public let capabilities: AcceleratorCapabilities = [
     .readOnlyMemory, .dirtyLog, .guestDebug, .watchpoints, .nativeRing0, .executePermission,
-    .controllerRegisters, .instructionLimit, .readWatchpoints, .registerPinning,
+    .controllerRegisters, .instructionLimit, .readWatchpoints, .registerPinning, .memoryViews,
   ]
 
   private let isDeterministic: Bool

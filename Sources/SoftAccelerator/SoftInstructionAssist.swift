@@ -24,12 +24,13 @@ public final class SoftInstructionAssist: InstructionAssist {
   ) throws(AcceleratorError) -> Bool {
     guard let soft = try processor(vcpu.index) else { return false }
     let state = try vcpu.readState()
+    try soft.selectView(vcpu.activeView)
     guard let taken = try? take(state, soft) else { return false }
     var step = DebugControl()
     step.singleStep = true
     try soft.setDebug(step)
     while true {
-      let exit = try soft.run()
+      let exit = try vcpu.holdingViews { () throws(AcceleratorError) in try soft.run() }
       switch exit {
       case .debug:
         var result = state
@@ -37,6 +38,10 @@ public final class SoftInstructionAssist: InstructionAssist {
         try vcpu.writeState(result)
         return true
       case .portIO, .memoryIO: try handle(exit)
+      // The state of `vcpu` is the one before the instruction, too.
+      case .viewViolation:
+        try handle(exit)
+        return true
       case .interrupted: continue
       // The state of `vcpu` is still the one before the instruction.
       default: return false

@@ -237,7 +237,7 @@ final class MachineDebugger: DebugTarget {
       },
       DebugMonitorCommand(name: "views", help: "each vCPU's memory view, its ranges and their rights") {
         [machine, engine, capabilities] _ in
-        guard capabilities.contains(.executePermission) else {
+        guard capabilities.contains(.memoryViews) else {
           return "engine \(engine) has one view only: all of memory, rwx\n"
         }
         return machine.vcpus.map {

@@ -27,6 +27,8 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
   static let withController = catalogue.filter { $0.interrupts == .inKernel }
   /// Those whose PIC is in the VMM, which injects its interrupts.
   static let withoutController = catalogue.filter { $0.interrupts != .inKernel }
+  /// Those whose interrupt controllers are all in the VMM, as views need.
+  static let withViews = catalogue.filter { $0.interrupts == .userSpace }
   static let withDirtyLog = catalogue.filter { $0.dirtyRingEntries == nil }
   static let withDirtyRing = catalogue.filter { $0.dirtyRingEntries != nil }
 
@@ -90,6 +92,7 @@ struct AcceleratorUnderTest: Sendable, CustomTestStringConvertible {
     (.splitInterrupts, "split interrupt controllers"),
     (.eventNotifiers, "event descriptors"), (.guestDebug, "guest debugging"), (.watchpoints, "watchpoints"),
     (.readWatchpoints, "watchpoints on reads"),
+    (.memoryViews, "memory views"), (.registerPinning, "pinned registers"),
     (.nativeRing0, "ring 0 at full speed"), (.executePermission, "execute permissions"),
   ]
 }

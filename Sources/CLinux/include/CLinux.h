@@ -78,6 +78,11 @@ static const unsigned long CLINUX_KVM_SET_FPU = KVM_SET_FPU;
 static const unsigned long CLINUX_KVM_SET_SIGNAL_MASK = KVM_SET_SIGNAL_MASK;
 static const unsigned long CLINUX_KVM_SET_MEMORY_ATTRIBUTES = KVM_SET_MEMORY_ATTRIBUTES;
 static const unsigned long CLINUX_KVM_HAS_DEVICE_ATTR = KVM_HAS_DEVICE_ATTR;
+static const unsigned long CLINUX_KVM_GET_DEVICE_ATTR = KVM_GET_DEVICE_ATTR;
+static const unsigned long CLINUX_KVM_SET_DEVICE_ATTR = KVM_SET_DEVICE_ATTR;
+static const unsigned long long CLINUX_KVM_SYNC_X86_REGS = KVM_SYNC_X86_REGS;
+static const unsigned long long CLINUX_KVM_SYNC_X86_SREGS = KVM_SYNC_X86_SREGS;
+static const unsigned long long CLINUX_KVM_SYNC_X86_EVENTS = KVM_SYNC_X86_EVENTS;
 // Flags whose macros do not import.
 static const uint32_t CLINUX_KVM_MEM_LOG_DIRTY_PAGES = KVM_MEM_LOG_DIRTY_PAGES;
 static const uint32_t CLINUX_KVM_MEM_READONLY = KVM_MEM_READONLY;
@@ -96,6 +101,7 @@ static const uint32_t CLINUX_KVM_DIRTY_GFN_F_MASK = KVM_DIRTY_GFN_F_MASK;
 
 // Members of kvm_run's anonymous union import as computed properties, which have no address.
 static inline void *clinux_kvm_mmio_data(struct kvm_run *run) { return run->mmio.data; }
+static inline struct kvm_sync_regs *clinux_kvm_sync_regs(struct kvm_run *run) { return &run->s.regs; }
 static inline uint64_t *clinux_kvm_hypercall_result(struct kvm_run *run) { return (uint64_t *)&run->hypercall.ret; }
 
 // One CPUID leaf of the processor this program runs on.
