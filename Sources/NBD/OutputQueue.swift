@@ -14,6 +14,8 @@ struct OutputQueue {
   private var head = 0
 
   var isEmpty: Bool { head == pieces.count }
+  /// Pieces that wait.
+  var count: Int { pieces.count - head }
 
   /// Adds what the transfer's own memory holds, or its buffer.
   mutating func append(_ start: UnsafeRawPointer, _ count: Int, of transfer: ServerTransfer, ends: Bool) {

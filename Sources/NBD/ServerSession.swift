@@ -18,6 +18,8 @@ final class ServerSession {
   private static let memoryLimit = 8 << 20
   /// Extents that one context of a block status has at most.
   static let extentLimit = 4096
+  /// Replies to options that a client may leave unread before its next option waits.
+  private static let unreadLimit = 1024
   /// Options before the client must make up its mind.
   static let optionLimit = 1024
 
@@ -64,7 +66,7 @@ final class ServerSession {
   private var transfers: [ServerTransfer] = []
   private(set) var inFlight = 0
   private var memoryInUse = 0
-  /// A request waits for others to be answered.
+  /// A request waits for others to be answered, or an option for replies to be read.
   private(set) var isStalled = false
 
   init(table: ExportTable, pool: BufferPool) {
@@ -155,6 +157,10 @@ final class ServerSession {
     switch phase {
     case .clientFlags: return take(4) { clientFlags($0.bigEndian32(0)) }
     case .optionHeader:
+      guard output.count < Self.unreadLimit else {
+        isStalled = true
+        return false
+      }
       return take(16) { optionHeader(magic: $0.bigEndian64(0), $0.bigEndian32(8), length: $0.bigEndian32(12)) }
     case .option(let option, let length):
       return take(length) { self.option(option, Array(UnsafeRawBufferPointer(start: $0, count: length))) }

@@ -245,6 +245,19 @@ struct SessionTests {
     #expect(client.session.inFlight == 0)
   }
 
+  @Test func aClientThatReadsNoRepliesIsNotHeard() throws {
+    let client = try Conversation()
+    client.say(Wire.flags(3))
+    let options = (0..<800).flatMap { _ in Wire.option(.list) }
+    let space = client.session.space
+    space.copyBytes(from: options)
+    client.session.received(options.count)
+    #expect(client.session.output.count < 1030)
+    #expect(!client.session.wantsInput)
+    #expect(client.drain().count == 800 * (20 + 4 + 4 + 6 + 20 + 4 + 5 + 20))
+    #expect(client.session.wantsInput)
+  }
+
   @Test func whoGoesInTheMiddleOfAWriteLeavesNothingBehind() throws {
     let client = try Conversation()
     client.negotiate()

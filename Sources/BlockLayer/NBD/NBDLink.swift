@@ -65,7 +65,12 @@ final class NBDLink: @unchecked Sendable {
   }
 
   func close() {
-    state.withLock { $0.isClosing = true }
+    let isBusy = state.withLock { state in
+      state.isClosing = true
+      return !state.asked.isEmpty || !state.outgoing.isEmpty
+    }
+    // A server that hangs must not hold its client.
+    if isBusy { shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
     for thread in threads.reversed() { thread.join() }
     threads = []
   }
@@ -121,7 +126,7 @@ final class NBDLink: @unchecked Sendable {
       }
     }
     _ = send(NBDPart(.disconnect), 0)
-    shutdown(socket.rawValue, Int32(SHUT_WR))
+    shutdown(socket.rawValue, Int32(SHUT_RDWR))
   }
 
   private func send(_ part: NBDPart, _ cookie: UInt64) -> Int32 {
