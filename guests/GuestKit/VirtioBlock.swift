@@ -47,6 +47,7 @@ final class VirtioBlock {
   private var queues = InlineArray<8, Virtqueue?>(repeating: nil)
   /// 32 bytes a slot: a request's header, then its status.
   private let headers: UInt64
+  private let transport: VirtioPCI
 
   /// Calls `body` with each block device's function, in the order of their places on bus 0.
   static func forEachFunction(_ body: (PCI.Function) -> Void) {
@@ -60,7 +61,7 @@ final class VirtioBlock {
     if options.isPacked { wanted |= VirtioPCI.Feature.packed }
     if options.usesIndirect { wanted |= VirtioPCI.Feature.indirect }
     if options.usesEventIndex { wanted |= VirtioPCI.Feature.eventIndex }
-    let transport = VirtioPCI(function, wanted: wanted)
+    transport = VirtioPCI(function, wanted: wanted)
     isPacked = transport.features & VirtioPCI.Feature.packed != 0
     expect("the queue's layout", isPacked == options.isPacked)
     isReadOnly = transport.features & Feature.readOnly != 0
@@ -117,6 +118,9 @@ final class VirtioBlock {
     for index in 0..<Int(queueCount) where queues[index]?.enableInterrupts() == true { isDone = true }
     return isDone
   }
+
+  /// No request is under way, and none comes any more.
+  func stop() { transport.reset() }
 
   func disableInterrupts() {
     for index in 0..<Int(queueCount) { queues[index]?.disableInterrupts() }

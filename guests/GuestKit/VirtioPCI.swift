@@ -52,8 +52,7 @@ final class VirtioPCI {
     findStructures()
     expect("a virtio device's structures", common != 0 && notifications != 0 && configuration != 0)
     PCI.enable(function)
-    store8(common + Common.status, 0)
-    wait("the device's reset") { load8(common + Common.status) == 0 }
+    reset()
     setStatus(Status.acknowledge)
     setStatus(Status.driver)
     let offered = offeredFeatures()
@@ -133,6 +132,12 @@ final class VirtioPCI {
     expect("a queue's message", UInt64(load16(common + Common.queueVector)), equals: UInt64(message))
     store16(common + Common.queueEnable, 1)
     return queue
+  }
+
+  /// Resets the device: it lets go of the queues' memory.
+  func reset() {
+    store8(common + Common.status, 0)
+    wait("the device's reset") { load8(common + Common.status) == 0 }
   }
 
   /// The queues may be used from now on.

@@ -12,13 +12,19 @@ func guestMain() {
   set_interrupt_handler(blockVector) { _ in LocalAPIC.endOfInterrupt() }
 
   let test = DiskTest()
+  if let mode = StartInfo.option("mode"), mode.equals("plugged") {
+    test.plugged()
+    say("disk: all passed")
+    return
+  }
+  test.connectAll()
   switch StartInfo.option("mode") {
   case .none: test.write()
   case .some(let mode) where mode.equals("write"): test.write()
   case .some(let mode) where mode.equals("rewrite"): test.rewrite()
   case .some(let mode) where mode.equals("verify"): test.verify()
   case .some(let mode):
-    say("FAIL mode=\(mode) is none of write, verify, rewrite")
+    say("FAIL mode=\(mode) is none of write, verify, rewrite, plugged")
     Power.fail()
   }
   say("disk: all passed")
@@ -35,9 +41,10 @@ private final class DiskTest {
   private let passes = StartInfo.number("passes", default: 1)
   private var watch = Stopwatch()
   private var paced: UInt64 = 0
+  private let count = Int(StartInfo.number("disks", default: 1))
+  private let options: VirtioBlock.Options
 
   init() {
-    let count = Int(StartInfo.number("disks", default: 1))
     expect("disks", UInt64(count), in: 1...2)
     let sectors = StartInfo.number("sectors", default: 8)
     expect("sectors", sectors, in: 1...2048)
@@ -48,21 +55,28 @@ private final class DiskTest {
     flush = interval == 0 ? number : interval
     isPolling = Self.choice("interrupts", "msix", or: "poll")
 
-    let options = VirtioBlock.Options(
+    options = VirtioBlock.Options(
       isPacked: Self.choice("queue", "split", or: "packed"),
       usesIndirect: StartInfo.number("indirect", default: 1) != 0,
       usesEventIndex: StartInfo.number("events", default: 1) != 0,
       vector: isPolling ? nil : blockVector,
       queues: UInt16(truncatingIfNeeded: StartInfo.number("queues", default: 1)),
       depth: UInt16(truncatingIfNeeded: StartInfo.number("depth", default: 8)))
+  }
+
+  /// The disks that are there from the start.
+  func connectAll() {
     VirtioBlock.forEachFunction { function in
-      if disks.count == count { return }
-      let device = VirtioBlock(function, options)
-      say("disk \(disks.count): \(device.sectors) sectors, \(device.isPacked ? "packed" : "split") queue")
-      expect("sectors for all records", device.sectors >= number * sectors)
-      disks.append(Disk(disks.count, device, records))
+      if disks.count < count { connect(function) }
     }
     expect("block devices", UInt64(disks.count), equals: UInt64(count))
+  }
+
+  private func connect(_ function: PCI.Function) {
+    let device = VirtioBlock(function, options)
+    say("disk \(disks.count): \(device.sectors) sectors, \(device.isPacked ? "packed" : "split") queue")
+    expect("sectors for all records", device.sectors >= records.count * records.sectors)
+    disks.append(Disk(disks.count, device, records))
   }
 
   /// Whether an option has its second value; any third one ends the guest.
@@ -96,6 +110,40 @@ private final class DiskTest {
     for _ in 0..<passes {
       generation += 1
       pass(generation) { .replace($0) }
+    }
+  }
+
+  /// Waits for disks that are plugged in, `plugs` of them, one after another. Each is verified, and rewritten until it is
+  /// asked for.
+  func plugged() {
+    expect("disks", UInt64(count), equals: 1)
+    for _ in 0..<StartInfo.number("plugs", default: 1) {
+      say("waiting for a disk")
+      let device = waitForArrival()
+      connect(PCI.Function(bus: 0, device: device, function: 0))
+      let found = verify()
+      var generation = found.generation
+      if generation > 0 { pass(generation, from: records.begun(found, flush: flush)) { .write($0) } }
+      repeat {
+        generation += 1
+        pass(generation) { .replace($0) }
+      } while !PCIHotplug.isLeaving(device)
+      disks.removeLast().device.stop()
+      PCIHotplug.eject(device)
+      let function = PCI.Function(bus: 0, device: device, function: 0)
+      expect("an ejected device's identity", UInt64(PCI.read32(function, 0)), equals: 0xffff_ffff)
+    }
+  }
+
+  /// The place of the next device that comes.
+  private func waitForArrival() -> UInt8 {
+    while true {
+      let arrived = PCIHotplug.takeArrived()
+      if arrived != 0 {
+        expect("devices that came at once", UInt64(arrived.nonzeroBitCount), equals: 1)
+        return UInt8(arrived.trailingZeroBitCount)
+      }
+      delay(microseconds: 1000)
     }
   }
 
