@@ -11,8 +11,13 @@
 
 int clinux_uring_open(struct clinux_uring *ring, unsigned entries, int notifier) {
   memset(ring, 0, sizeof *ring);
-  struct io_uring_params parameters = {0};
+  // Completions wait until the thread enters the kernel, instead of interrupting it; kernels before 5.19 cannot.
+  struct io_uring_params parameters = {.flags = IORING_SETUP_COOP_TASKRUN};
   int file = (int)syscall(SYS_io_uring_setup, entries, &parameters);
+  if (file < 0 && errno == EINVAL) {
+    parameters = (struct io_uring_params){0};
+    file = (int)syscall(SYS_io_uring_setup, entries, &parameters);
+  }
   if (file < 0) return -1;
   // Kernels since 5.4 map both rings at once; older ones are left to the thread pool.
   if (!(parameters.features & IORING_FEAT_SINGLE_MMAP) || !(parameters.features & IORING_FEAT_NODROP)) {

@@ -173,24 +173,17 @@ final class Qcow2Write: Qcow2Request {
     let start = Int(done)
     done += length
     begin()
-    let head = CopiedEdge(image, from: first << bits, to: request.offset + UInt64(start), isFresh: isFresh)
-    let end = request.offset + UInt64(start) + length
-    let tail = CopiedEdge(image, from: end, to: (first + count) << bits, isFresh: isFresh)
-    head.fill { [self] error in
+    let edges = CopiedEdges(
+      image, around: request.offset + UInt64(start), length, in: (first << bits)..<((first + count) << bits),
+      isFresh: isFresh)
+    edges.fill { [self] error in
       guard error == nil else { return finish(allocation, error) }
-      tail.fill { [self] error in
-        guard error == nil else { return finish(allocation, error) }
-        let skipped = head.buffer == nil ? head.length : 0
-        transfer(
-          .write, host: host + skipped, length: head.written + length + tail.written,
-          memory: { memory in
-            if let buffer = head.buffer { memory.append(buffer.start, Int(head.length)) }
-            memory.append(request.memory, from: start, length: Int(length))
-            if let buffer = tail.buffer { memory.append(buffer.start, Int(tail.length)) }
-          },
-          // The host reads the edges' buffers until the transfer ends.
-          then: { [self, head, tail] error in withExtendedLifetime((head, tail)) { finish(allocation, error) } })
-      }
+      let written = edges.written
+      transfer(
+        .write, host: host + written.lowerBound, length: UInt64(written.count),
+        memory: { edges.append(to: &$0, around: request.memory, from: start, length: Int(length)) },
+        // The host reads the edges' buffers until the transfer ends.
+        then: { [self, edges] error in withExtendedLifetime(edges) { finish(allocation, error) } })
     }
   }
 
@@ -217,38 +210,94 @@ final class Qcow2Write: Qcow2Request {
   }
 }
 
-/// What a new cluster takes over from before, in front of or behind the bytes that are written.
-private final class CopiedEdge {
-  let image: Qcow2Image
-  let offset: UInt64
-  let length: UInt64
-  let isFresh: Bool
+/// What new clusters take over from before, in front of and behind the bytes that are written.
+private final class CopiedEdges {
+  private let image: Qcow2Image
+  private let clusters: Range<UInt64>
+  private let data: Range<UInt64>
+  private let isFresh: Bool
   /// Nil where nothing has to be written: the host's bytes are zero, and so are the disk's.
-  var buffer: DiskBuffer?
-  var written: UInt64 { buffer == nil ? 0 : length }
+  private var head: DiskBuffer?
+  private var tail: DiskBuffer?
+  /// Both edges and what is between them, where one read for all is cheaper than two.
+  private var whole: DiskBuffer?
 
-  init(_ image: Qcow2Image, from start: UInt64, to end: UInt64, isFresh: Bool) {
+  /// The most bytes between two edges that are read in vain.
+  private static let gap: UInt64 = 16 << 10
+
+  init(_ image: Qcow2Image, around start: UInt64, _ length: UInt64, in clusters: Range<UInt64>, isFresh: Bool) {
     self.image = image
-    offset = start
-    length = end - start
+    self.clusters = clusters
+    data = start..<(start + length)
     self.isFresh = isFresh
   }
 
+  private var headLength: Int { Int(data.lowerBound - clusters.lowerBound) }
+  private var tailLength: Int { Int(clusters.upperBound - data.upperBound) }
+
+  /// The bytes of the clusters that a transfer of all that is new writes.
+  var written: Range<UInt64> {
+    if whole != nil { return 0..<UInt64(clusters.count) }
+    let start = head == nil ? data.lowerBound : clusters.lowerBound
+    let end = tail == nil ? data.upperBound : clusters.upperBound
+    return (start - clusters.lowerBound)..<(end - clusters.lowerBound)
+  }
+
+  /// The memory of that transfer: the edges, and `length` bytes of `memory` between them.
+  func append(to target: inout IOVectors, around memory: borrowing IOVectors, from start: Int, length: Int) {
+    if let whole {
+      memory.copyOut(whole.start + headLength, from: start, length: length)
+      return target.append(whole.start, clusters.count)
+    }
+    if let head { target.append(head.start, headLength) }
+    target.append(memory, from: start, length: length)
+    if let tail { target.append(tail.start, tailLength) }
+  }
+
+  /// Reads what the edges need.
   func fill(_ then: @escaping (BlockError?) -> Void) {
-    guard length > 0 else { return then(nil) }
-    let onDisk = min(length, image.size - min(offset, image.size))
     do throws(BlockError) {
-      let isZero = try image.isZero(at: offset, length: onDisk)
-      if isZero, isFresh { return then(nil) }
-      let buffer = DiskBuffer(count: Int(length), zeroed: true)
-      self.buffer = buffer
-      if isZero { return then(nil) }
-      let read = BlockRequest(.read, offset: offset, length: onDisk, completion: then)
-      read.memory.append(buffer.start, Int(onDisk))
-      Qcow2Read(image, read).advance()
+      let needed = (head: try isNeeded(clusters.lowerBound, headLength), tail: try isNeeded(data.upperBound, tailLength))
+      if needed.head == .data, needed.tail == .data, UInt64(data.count) <= Self.gap {
+        let buffer = DiskBuffer(count: clusters.count, zeroed: true)
+        whole = buffer
+        return read(buffer, at: clusters.lowerBound, clusters.count, then)
+      }
+      if needed.head != .nothing { head = DiskBuffer(count: headLength, zeroed: true) }
+      if needed.tail != .nothing { tail = DiskBuffer(count: tailLength, zeroed: true) }
+      let readTail = { [self] (error: BlockError?) in
+        guard error == nil, needed.tail == .data, let tail else { return then(error) }
+        read(tail, at: data.upperBound, tailLength, then)
+      }
+      guard needed.head == .data, let head else { return readTail(nil) }
+      read(head, at: clusters.lowerBound, headLength, readTail)
     } catch {
       then(error)
     }
+  }
+
+  private enum Need {
+    case nothing, zeros, data
+  }
+
+  private func isNeeded(_ offset: UInt64, _ length: Int) throws(BlockError) -> Need {
+    if length == 0 { return .nothing }
+    guard try image.isZero(at: offset, length: onDisk(offset, length)) else { return .data }
+    return isFresh ? .nothing : .zeros
+  }
+
+  /// How many of the bytes the disk has: its last cluster may reach past its end.
+  private func onDisk(_ offset: UInt64, _ length: Int) -> UInt64 {
+    min(UInt64(length), image.size - min(offset, image.size))
+  }
+
+  private func read(
+    _ buffer: DiskBuffer, at offset: UInt64, _ length: Int, _ then: @escaping (BlockError?) -> Void
+  ) {
+    let length = onDisk(offset, length)
+    let request = BlockRequest(.read, offset: offset, length: length, completion: then)
+    request.memory.append(buffer.start, Int(length))
+    Qcow2Read(image, request).advance()
   }
 }
 

@@ -7,7 +7,7 @@ struct BenchCommand: ParsableCommand {
     abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
     discussion: "Example: swiftvmm bench start exits --json")
 
-  @Argument(help: "start, exits, cpu, linux-boot, disk, nbd; all of them without a name.")
+  @Argument(help: "start, exits, cpu, linux-boot, disk, disk-requests, nbd; all of them without a name.")
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -36,6 +36,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
   case disk, nbd
+  case diskRequests = "disk-requests"
 
   var title: String {
     switch self {
@@ -45,6 +46,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .linuxBoot: "linux-boot: process start to userland, and to power-off"
     case .disk: "disk: whole commands on images of 1 GiB of data, all allocated"
     case .nbd: "nbd: a whole disk read by nbdcopy over a unix socket"
+    case .diskRequests: "disk-requests: thousand requests of 4 KiB a second all over 1 GiB, without the host's cache"
     }
   }
 
@@ -56,6 +58,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .linuxBoot: try LinuxBootBenchmark(runs: runs).measure()
     case .disk: try DiskBenchmark(runs: runs).measure()
     case .nbd: try NBDBenchmark(runs: runs).measure()
+    case .diskRequests: try DiskRequestsBenchmark(runs: runs).measure()
     }
   }
 }

@@ -14,7 +14,7 @@ struct DiskBenchmark {
     ])
     let folder = try TemporaryDirectory()
     do throws(BlockError) {
-      try makeImages(folder.path)
+      try Self.makeImages(folder.path)
     } catch {
       throw .disk(error)
     }
@@ -31,7 +31,7 @@ struct DiskBenchmark {
   }
 
   /// The same bytes in a raw file and, a mebibyte in turn, in the layers c0 to c5.
-  private func makeImages(_ folder: String) throws(BlockError) {
+  static func makeImages(_ folder: String) throws(BlockError) {
     let queue = try makeIOQueue()
     let buffer = DiskBuffer(count: 1 << 20)
     var generator = SystemRandomNumberGenerator()
@@ -58,7 +58,7 @@ struct DiskBenchmark {
     }
   }
 
-  private func makeLayer(_ path: String, over backing: String?, _ queue: any IOQueue) throws(BlockError) {
+  static func makeLayer(_ path: String, over backing: String?, _ queue: any IOQueue) throws(BlockError) {
     var options = Qcow2CreateOptions(size: Self.mebibytes << 20)
     options.backingName = backing
     options.backingFormat = backing == nil ? nil : "qcow2"
@@ -72,7 +72,7 @@ struct DiskBenchmark {
   private func makeOverlay(_ path: String, over chain: String) throws(Failure) {
     do throws(BlockError) {
       let queue = try makeIOQueue()
-      try makeLayer(path, over: chain, queue)
+      try Self.makeLayer(path, over: chain, queue)
       let overlay = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
       let buffer = DiskBuffer(count: 1 << 20, zeroed: true)
       memset(buffer.start, 9, 1 << 20)
