@@ -30,6 +30,27 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
   case invalid(what: String, value: String, expected: String)
   /// An NBD server that cannot be used, or breaks the protocol.
   case remote(uri: String, NBDFault)
+  /// No layer, or no disk, has that name.
+  case noNode(String)
+  case noDisk(String)
+  /// Two layers cannot have one name.
+  case nodeNameTaken(String)
+  /// Something stands on the layer.
+  case nodeInUse(String)
+  /// A new top layer that has one below it already.
+  case overlayHasBacking(String)
+  /// One disk in two places of a transaction.
+  case diskTwice(String)
+  /// The transaction's own wish.
+  case aborted
+  /// A layer that is not below another.
+  case notBelow(String, of: String)
+  /// A job with that id, or on that disk, or none.
+  case jobExists(String)
+  case diskHasJob(String, job: String)
+  case noJob(String)
+  /// A job cannot do that now.
+  case jobState(String, String)
   /// The host can give no I/O queue.
   case queue(HostError)
 
@@ -54,6 +75,18 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
     case .exists(let what, let name, let path): "\(path) has a \(what) \(name) already; choose another name"
     case .invalid(let what, let value, let expected): "\(what) \(value): expected \(expected)"
     case .remote(let uri, let fault): "cannot use \(uri): \(fault)"
+    case .noNode(let name): "Cannot find device='\(name)' nor node-name='\(name)'"
+    case .noDisk(let name): "there is no disk \(name), nor one whose top layer is called so"
+    case .nodeNameTaken(let name): "there is a layer or disk \(name) already; choose another name"
+    case .nodeInUse(let name): "the layer \(name) is in use"
+    case .overlayHasBacking(let name): "the layer \(name) has a backing file already; add it with \"backing\": null"
+    case .diskTwice(let name): "the disk \(name) is in the transaction twice"
+    case .aborted: "the transaction has an action abort"
+    case .notBelow(let name, let top): "the layer \(name) is not below \(top)"
+    case .jobExists(let id): "Job ID '\(id)' already in use"
+    case .diskHasJob(let disk, let job): "the disk \(disk) has a job, \(job); wait for its end or cancel it"
+    case .noJob(let id): "Job '\(id)' not found"
+    case .jobState(let id, let status): "the job \(id) is \(status) and cannot do that now"
     case .queue(let error): "\(error)"
     }
   }

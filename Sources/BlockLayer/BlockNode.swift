@@ -121,6 +121,8 @@ public protocol BlockFile: AnyObject {
   func punchHole(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool
   /// The next stretch of the file at `offset` of at most `length` bytes, and whether it is a hole.
   func hole(at offset: UInt64, length: UInt64) -> (isHole: Bool, length: UInt64)
+  /// Lets writes be, or refuses them, from now on.
+  func setWritable(_ writable: Bool) throws(BlockError)
   /// Closes the file.
   func close()
   /// Names the bytes, whatever object and path they are reached by; nil where nothing does.
@@ -134,6 +136,10 @@ extension BlockFile {
   public var identity: FileIdentity? { nil }
   /// Nobody knows.
   public var allocatedBytes: UInt64? { nil }
+  /// A file that is for ever what it was opened for.
+  public func setWritable(_ writable: Bool) throws(BlockError) {
+    if writable == isReadOnly { throw .readOnly(path: path) }
+  }
 
   func readArray(at offset: UInt64, count: Int) throws(BlockError) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count)

@@ -4,6 +4,8 @@
 #include <linux/falloc.h>
 #include <unistd.h>
 
+int clinux_replace_descriptor(int file, int old) { return dup3(file, old, O_CLOEXEC); }
+
 int clinux_lock_byte(int file, int64_t offset, int lock) {
   struct flock request = {
       .l_type = lock ? F_RDLCK : F_UNLCK, .l_whence = SEEK_SET, .l_start = offset, .l_len = 1};

@@ -31,6 +31,8 @@ public enum MonitorError: Error, Equatable, Sendable, CustomStringConvertible {
   case parameterValue(String, value: String)
   /// The human monitor is asked for.
   case noHumanMonitor
+  /// No device has the id.
+  case deviceNotFound(String)
   /// The machine refuses or cannot do it now.
   case refused(String)
 
@@ -67,6 +69,7 @@ public enum MonitorError: Error, Equatable, Sendable, CustomStringConvertible {
     case .parameterType(let name, let expected): "Invalid parameter type for '\(name)', expected: \(expected)"
     case .parameterValue(let name, let value): "Parameter '\(name)' does not accept value '\(value)'"
     case .noHumanMonitor: "There is no human monitor; use the QMP commands that query-commands lists"
+    case .deviceNotFound(let id): "Device '\(id)' not found"
     case .refused(let reason): reason
     case .server(let endpoint, let reason): "cannot serve QMP on \(endpoint): \(reason)"
     case .unreachable(_, let error): "\(error); is swiftvmm running with --control on this socket?"
@@ -83,6 +86,7 @@ public enum MonitorError: Error, Equatable, Sendable, CustomStringConvertible {
   var errorClass: String {
     switch self {
     case .unknownCommand, .negotiationExpected, .negotiationComplete: "CommandNotFound"
+    case .deviceNotFound: "DeviceNotFound"
     default: "GenericError"
     }
   }

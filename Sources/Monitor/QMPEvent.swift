@@ -55,6 +55,31 @@ public struct QMPEvent: Equatable, Sendable {
     QMPEvent("GUEST_PANICKED", ["action": pausing ? "pause" : "poweroff"])
   }
 
+  /// How far a block job is.
+  public struct BlockJob: Sendable {
+    let members: JSONObject
+
+    /// A job of a type of QEMU's `JobType`; lengths in bytes, the speed in bytes a second.
+    public init(id: String, type: String, length: UInt64, offset: UInt64, speed: UInt64) {
+      members = [
+        "device": .string(id), "type": .string(type), "len": JSONValue(length), "offset": JSONValue(offset),
+        "speed": JSONValue(speed),
+      ]
+    }
+  }
+
+  /// A job has another status.
+  public static func jobStatusChange(id: String, status: String) -> QMPEvent {
+    QMPEvent("JOB_STATUS_CHANGE", ["id": .string(id), "status": .string(status)])
+  }
+
+  /// `BLOCK_JOB_READY`, `_COMPLETED` or `_CANCELLED`.
+  public static func blockJob(_ what: String, _ job: BlockJob, error: String?) -> QMPEvent {
+    var data = job.members
+    if let error { data["error"] = .string(error) }
+    return QMPEvent("BLOCK_JOB_\(what)", data)
+  }
+
   /// The guest has given a device up, which is gone.
   public static func deviceDeleted(_ id: String) -> QMPEvent {
     QMPEvent("DEVICE_DELETED", ["device": .string(id), "path": .string("/machine/peripheral/\(id)")])
@@ -84,6 +109,9 @@ public struct QMPEvent: Equatable, Sendable {
       "GUEST_PANICKED",
       [.required("action", .enumeration("GuestPanicAction", values: ["pause", "poweroff"]))]
     ),
+    ("JOB_STATUS_CHANGE", [.required("id", .string), .required("status", .string)]),
+    ("BLOCK_JOB_READY", jobMembers), ("BLOCK_JOB_CANCELLED", jobMembers),
+    ("BLOCK_JOB_COMPLETED", jobMembers + [.optional("error", .string)]),
     ("DEVICE_DELETED", [.optional("device", .string), .required("path", .string)]),
     (
       "BLOCK_IO_ERROR",
@@ -94,6 +122,11 @@ public struct QMPEvent: Equatable, Sendable {
         .optional("nospace", .bool), .required("reason", .string),
       ]
     ),
+  ]
+
+  private static let jobMembers: [QMPType.Member] = [
+    .required("device", .string), .required("type", .string), .required("len", .integer),
+    .required("offset", .integer), .required("speed", .integer),
   ]
 
   private static let causeMembers: [QMPType.Member] = [

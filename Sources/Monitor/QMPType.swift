@@ -53,7 +53,7 @@ public indirect enum QMPType: Equatable, Sendable {
   }
 
   /// Checks what a client sent; `name` is how the error calls it.
-  func validate(_ value: JSONValue, as name: String) throws(MonitorError) {
+  public func validate(_ value: JSONValue, as name: String) throws(MonitorError) {
     switch (self, value) {
     case (.string, .string), (.integer, .integer), (.bool, .bool), (.any, _): break
     case (.enumeration(_, let values), .string(let value)):

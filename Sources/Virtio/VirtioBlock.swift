@@ -44,7 +44,7 @@ public final class VirtioBlock: VirtioDevice {
   private let serial: [UInt8]
   private let memory: GuestMemory
   private let thread: IOThread
-  private var disk: any BlockNode
+  private let disk: any BlockNode
   private let isReadOnly: Bool
   private let errors: (read: DiskErrorPolicy, write: DiskErrorPolicy)
   /// Sectors.
@@ -87,6 +87,7 @@ public final class VirtioBlock: VirtioDevice {
     errors = (readErrors, writeErrors)
     capacity = Atomic(disk.size / Self.sectorSize)
     queueSizes = Array(repeating: 256, count: max(1, queues))
+    (disk as? LiveDisk)?.onResize = { [weak self] in self?.sizeChanged() }
     thread.addObserver(self) { [weak self] in self?.tellDriver() }
   }
 
@@ -147,11 +148,6 @@ public final class VirtioBlock: VirtioDevice {
   public func sizeChanged() {
     capacity.store(disk.size / Self.sectorSize, ordering: .relaxed)
     configurationChanged()
-  }
-
-  /// Puts another disk of the same size in the place of this one: a snapshot's overlay. Drained, on the disk's thread.
-  public func replaceDisk(_ disk: any BlockNode) {
-    self.disk = disk
   }
 
   // MARK: Requests

@@ -96,24 +96,31 @@ struct Disk {
     self.path = path
     self.name = name
   }
+
+  /// How its file is opened.
+  var access: FileAccess {
+    FileAccess(writable: !isReadOnly, direct: cache == .none, ignoresFlushes: cache == .unsafe)
+  }
 }
 
-/// The disks of a run: opened before the machine is built, closed when it is over.
+/// The disks of a run and the layers that they stand on: opened before the machine is built, closed when it is over.
 final class RunDisks {
   let thread: IOThread
-  private(set) var disks: [(disk: Disk, chain: BlockChain)] = []
+  /// It belongs to the thread.
+  let graph: BlockGraph
+  private var disks: [(disk: Disk, live: LiveDisk)] = []
 
-  /// Opens every disk; nil where there are none.
-  init?(_ options: [DiskOption]) throws(Failure) {
-    if options.isEmpty { return nil }
+  /// Opens every disk.
+  init(_ options: [DiskOption]) throws(Failure) {
     do { thread = try IOThread() } catch { throw .host(error) }
+    graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
       let disk = try option.parse(number: number)
       do throws(BlockError) {
-        let access = FileAccess(
-          writable: !disk.isReadOnly, direct: disk.cache == .none, ignoresFlushes: disk.cache == .unsafe)
-        let chain = try BlockChain(path: disk.path, format: disk.format, access: access, queue: thread.queue)
-        disks.append((disk, chain))
+        var image = BlockGraph.Options(path: disk.path, format: disk.format, access: disk.access)
+        image.isImplicit = true
+        let layer = try graph.open(image)
+        disks.append((disk, try graph.addDisk(disk.name, on: layer)))
       } catch {
         throw .disk(error)
       }
@@ -125,8 +132,8 @@ final class RunDisks {
   var configuration: MachineDisks {
     MachineDisks(
       thread: thread,
-      disks: disks.map { disk, chain in
-        var machineDisk = MachineDisk(name: disk.name, node: chain.top)
+      disks: disks.map { disk, live in
+        var machineDisk = MachineDisk(name: disk.name, node: live)
         machineDisk.readErrors = disk.readErrors
         machineDisk.writeErrors = disk.writeErrors
         return machineDisk
@@ -136,10 +143,9 @@ final class RunDisks {
   /// Writes everything back. The machine is over.
   func close() throws(Failure) {
     thread.stop()
-    var first: BlockError?
-    for (_, chain) in disks {
-      do throws(BlockError) { try chain.close() } catch { first = first ?? error }
-    }
-    if let first { throw .diskClosed(first) }
+    // Jobs end where they are.
+    for job in graph.jobs.values { job.cancel() }
+    while thread.queue.wait() {}
+    do throws(BlockError) { try graph.closeAll() } catch { throw .diskClosed(error) }
   }
 }

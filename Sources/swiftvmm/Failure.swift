@@ -73,6 +73,10 @@ enum Failure: Error {
     case .invalid, .outOfRange: .usage
     case .locked, .readOnly, .remote: .inputOutput
     case .queue: .unavailable
+    // Only the control socket's clients, who get no status, meet these.
+    case .noNode, .noDisk, .nodeNameTaken, .nodeInUse, .overlayHasBacking, .diskTwice, .aborted, .notBelow, .jobExists,
+      .diskHasJob, .noJob, .jobState:
+      .usage
     }
   }
 

@@ -15,12 +15,13 @@ final class MachineMonitor: MonitorTarget {
   }
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
-  static func serve(_ machine: Machine, engine: String, on text: String) throws(Failure) -> MonitorServer {
+  static func serve(_ machine: Machine, engine: String, disks: DiskControl?, on text: String) throws(Failure) -> MonitorServer {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
+      let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) } ?? [])
       let target = MachineMonitor(machine, engine: engine)
-      server = try MonitorServer(listener, target: target, package: "swiftvmm \(Version.text)") { line in
+      server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") { line in
         printError("swiftvmm: \(line)")
       }
     } catch let error as HostError {
@@ -28,6 +29,7 @@ final class MachineMonitor: MonitorTarget {
     } catch {
       throw .control("\(error)")
     }
+    disks?.connect { server.emit($0) }
     machine.addListener { event in
       switch event {
       case .stopped: server.emit(.stop)
@@ -39,7 +41,10 @@ final class MachineMonitor: MonitorTarget {
           .blockIOError(
             device: report.disk, isWrite: report.isWrite, stops: report.stops, isNoSpace: report.isNoSpace,
             reason: report.reason))
-      case .deviceDeleted(let name): server.emit(.deviceDeleted(name))
+      case .deviceDeleted(let name):
+        // First, so that whoever reads the event finds the layers free.
+        disks?.deviceDeleted(name)
+        server.emit(.deviceDeleted(name))
       case .panicked: server.emit(.guestPanicked(pausing: false))
       case .shutdown(_, let reason): server.emit(.shutdown(QMPEvent.Cause(rawValue: reason) ?? .hostError))
       case .suspended: server.emit(.suspend)

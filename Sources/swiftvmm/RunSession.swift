@@ -55,7 +55,8 @@ struct RunSession {
     }
     configuration.takesTurns = options.smpThreads == .off
     configuration.onDeviceFault = { printError("swiftvmm: \($0)") }
-    disks = try RunDisks(options.disk)
+    // Disks may come later, by the control socket.
+    disks = options.disk.isEmpty && options.control == nil ? nil : try RunDisks(options.disk)
     configuration.disks = disks?.configuration
     hardening = try options.harden.map { path throws(Failure) in try RunHardening(path, audit: options.audit) }
     configuration.supervisor = hardening?.supervisor
@@ -79,9 +80,11 @@ struct RunSession {
     let started = monotonicNanoseconds()
     let signals = try Signals(machine)
     defer { withExtendedLifetime(signals) {} }
+    let control = disks.map { DiskControl(machine, $0) }
     let monitor = try options.control.map { text throws(Failure) in
-      try MachineMonitor.serve(machine, engine: accelerator.name, on: text)
+      try MachineMonitor.serve(machine, engine: accelerator.name, disks: control, on: text)
     }
+    // Its commands use the disks.
     defer { monitor?.close() }
     let debugger = try options.gdb.map { text throws(Failure) in
       try MachineDebugger.serve(machine, on: accelerator, at: text)
@@ -102,6 +105,7 @@ struct RunSession {
       try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
+    monitor?.close()
     try disks?.close()
     return outcome.status
   }

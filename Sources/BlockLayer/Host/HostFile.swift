@@ -27,17 +27,20 @@ public final class HostFile: BlockFile {
   /// The file's path as it was given.
   public let path: String
   /// Whether writes are refused.
-  public let isReadOnly: Bool
+  public private(set) var isReadOnly: Bool
   /// Bytes, as of the last change through this object.
   public private(set) var length: UInt64
   private let file: FileDescriptor
   private let queue: any IOQueue
-  private let access: FileAccess
+  private(set) var access: FileAccess
   /// Identifies the file, whatever its name.
   public let identity: FileIdentity?
   /// Transfers of O_DIRECT are multiples of this; 1 otherwise.
   private let alignment: UInt64
   private var isClosed = false
+
+  /// Whether the page cache is gone round.
+  var isDirect: Bool { access.direct }
 
   /// Opens an existing file and locks it.
   public init(path: String, access: FileAccess, queue: any IOQueue) throws(BlockError) {
@@ -74,6 +77,34 @@ public final class HostFile: BlockFile {
     try FileLocks.take(file.rawValue, path: path, writable: true)
     guard let length = off_t(exactly: length), ftruncate(file.rawValue, 0) == 0, ftruncate(file.rawValue, length) == 0
     else { throw .io(call: "set the length of", path: path, errno: errno) }
+  }
+
+  /// Opens the file anew, for writing or for reading only. Requests under way end as they began.
+  public func setWritable(_ writable: Bool) throws(BlockError) {
+    guard writable == isReadOnly else { return }
+    let flags = (writable ? O_RDWR : O_RDONLY) | (access.direct ? clinux_direct_flag : 0)
+    let other: FileDescriptor
+    do { other = try FileDescriptor.open(path, flags) } catch {
+      throw .io(call: "open", path: path, errno: error.errno)
+    }
+    var status = stat()
+    guard fstat(other.rawValue, &status) == 0,
+      FileIdentity(device: status.st_dev, inode: status.st_ino) == identity
+    else { throw .io(call: "open", path: path, errno: ESTALE) }
+    if !access.sharesAll {
+      FileLocks.release(file.rawValue)
+      do throws(BlockError) {
+        try FileLocks.take(other.rawValue, path: path, writable: writable)
+      } catch {
+        try FileLocks.take(file.rawValue, path: path, writable: !writable)
+        throw error
+      }
+    }
+    guard clinux_replace_descriptor(other.rawValue, file.rawValue) >= 0 else {
+      throw .io(call: "open", path: path, errno: errno)
+    }
+    isReadOnly = !writable
+    access.writable = writable
   }
 
   /// Begins a request; discards and zeroes are carried out at once.

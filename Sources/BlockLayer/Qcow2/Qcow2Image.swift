@@ -181,15 +181,34 @@ public final class Qcow2Image: BlockNode {
     return .malformed(path: file.path, fault)
   }
 
+  /// Lets writes be, or refuses them, from now on; then the image is as after a close. No write may be under way.
+  public func setWritable(_ writable: Bool) throws(BlockError) {
+    guard writable == file.isReadOnly else { return }
+    if !writable {
+      try settle()
+      return try file.setWritable(false)
+    }
+    try file.setWritable(true)
+    do throws(BlockError) {
+      try prepareForWriting()
+    } catch {
+      try? file.setWritable(false)
+      throw error
+    }
+  }
+
   /// Writes everything back and closes the file. No request may be under way.
   public func close() throws(BlockError) {
     defer { file.close() }
-    if !file.isReadOnly, !options.forCheck, damage == nil {
-      try storeBitmaps()
-      try writeBackNow(withRefcounts: true)
-      // What the last write-back freed.
-      try writeBackNow(withRefcounts: true)
-      if header.usesLazyRefcounts { try clearDirty() }
-    }
+    try settle()
+  }
+
+  private func settle() throws(BlockError) {
+    guard !file.isReadOnly, !options.forCheck, damage == nil else { return }
+    try storeBitmaps()
+    try writeBackNow(withRefcounts: true)
+    // What the last write-back freed.
+    try writeBackNow(withRefcounts: true)
+    if header.usesLazyRefcounts { try clearDirty() }
   }
 }

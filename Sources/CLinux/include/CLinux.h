@@ -184,6 +184,8 @@ int clinux_uring_reap(struct clinux_uring *ring, uint64_t *token, int32_t *resul
 
 // Files: what glibc declares only under _GNU_SOURCE.
 
+/// Has the descriptor `old` stand for what `file` stands for (dup3(2), closed by exec).
+int clinux_replace_descriptor(int file, int old);
 /// Takes (or, when `lock` is 0, gives up) a shared open-file-description lock on one byte (F_OFD_SETLK).
 int clinux_lock_byte(int file, int64_t offset, int lock);
 /// Whether another open file description holds a lock on the byte: 1 or 0; -1 and errno on failure.

@@ -1,0 +1,337 @@
+import Glibc
+import Host
+
+/// The layers and disks of a machine, by name. It belongs to the thread of its layers.
+public final class BlockGraph {
+  /// How an image is opened.
+  public struct Options {
+    /// What QMP calls it; nil for a name of the graph's own.
+    public var name: String?
+    /// The image's path.
+    public var path: String
+    /// Its format; nil to look.
+    public var format: ImageFormat?
+    /// How its file is opened.
+    public var access: FileAccess
+    /// What is below it.
+    public var backing = Backing.named
+    /// The layer goes when nothing uses it any more; else when it is closed.
+    public var isImplicit = false
+
+    /// What is below an image.
+    public enum Backing {
+      /// What it names.
+      case named
+      /// Nothing for now: a snapshot's overlay.
+      case none
+      /// An open layer.
+      case layer(String)
+    }
+
+    /// An image with what it names below it.
+    public init(path: String, format: ImageFormat? = nil, access: FileAccess) {
+      self.path = path
+      self.format = format
+      self.access = access
+    }
+  }
+
+  /// Where requests wait.
+  public let queue: any IOQueue
+  /// The layers by name.
+  public private(set) var nodes: [String: LiveNode] = [:]
+  /// The disks by name.
+  public private(set) var disks: [String: LiveDisk] = [:]
+  /// The jobs by id.
+  public private(set) var jobs: [String: LiveJob] = [:]
+  /// Told of what happens to jobs.
+  public var onJob: (LiveJob, LiveJob.Event) -> Void = { _, _ in }
+  private let loop: EventLoop?
+  private var nextNumber = 0
+
+  /// A graph without anything. Jobs with a speed limit need the thread's loop.
+  public init(queue: any IOQueue, loop: EventLoop? = nil) {
+    self.queue = queue
+    self.loop = loop
+  }
+
+  /// The layer of a name, or the top one of the disk of that name.
+  public func node(_ name: String) throws(BlockError) -> LiveNode {
+    if let node = nodes[name] ?? disks[name]?.top { return node }
+    throw .noNode(name)
+  }
+
+  /// The disk of a name, or the one whose top layer has it.
+  public func disk(_ name: String) throws(BlockError) -> LiveDisk {
+    if let disk = disks[name] ?? disks.values.first(where: { $0.top.name == name }) { return disk }
+    throw .noDisk(name)
+  }
+
+  /// Whether a layer may take a name.
+  public func requireFree(_ name: String) throws(BlockError) {
+    guard nodes[name] == nil, disks[name] == nil else { throw .nodeNameTaken(name) }
+  }
+
+  private func newName() -> String {
+    nextNumber += 1
+    let name = "#block\(nextNumber)"
+    return nodes[name] == nil ? name : newName()
+  }
+
+  // MARK: Opening and closing
+
+  /// Opens an image, and what is below it.
+  public func open(_ options: Options) throws(BlockError) -> LiveNode {
+    if let name = options.name { try requireFree(name) }
+    let opensBacking = if case .named = options.backing { true } else { false }
+    let chain = try BlockChain(
+      path: options.path, format: options.format, access: options.access, backing: opensBacking, queue: queue)
+    var layers: [LiveNode] = []
+    for (index, layer) in chain.layers.enumerated() {
+      let isTop = index == 0
+      layers.append(
+        LiveNode(
+          name: (isTop ? options.name : nil) ?? newName(), path: layer.path, format: layer.format, node: layer.node,
+          file: layer.file, isImplicit: !isTop || options.isImplicit))
+    }
+    for (upper, lower) in zip(layers, layers.dropFirst()) {
+      upper.backing = lower
+      lower.users += 1
+    }
+    for layer in layers { nodes[layer.name] = layer }
+    if case .layer(let name) = options.backing {
+      do throws(BlockError) {
+        try setBacking(of: layers[0], to: node(name))
+      } catch {
+        try? close(layers[0])
+        throw error
+      }
+    }
+    return layers[0]
+  }
+
+  /// Puts a layer below another one, in memory only.
+  func setBacking(of upper: LiveNode, to lower: LiveNode?) throws(BlockError) {
+    guard let image = upper.qcow2 else { throw .unsupported(path: upper.path, .operation("a backing file")) }
+    guard lower.map({ $0.chain.contains { $0 === upper } }) != true else { throw .chainLoop(path: upper.path) }
+    lower?.users += 1
+    upper.backing?.users -= 1
+    upper.backing = lower
+    image.backing = lower?.node
+  }
+
+  /// Closes a layer that nobody uses, and what was opened for it alone.
+  public func close(_ node: LiveNode) throws(BlockError) {
+    guard node.users == 0 else { throw .nodeInUse(node.name) }
+    nodes[node.name] = nil
+    for disk in disks.values { disk.forget(node) }
+    let backing = node.backing
+    node.backing = nil
+    backing?.users -= 1
+    var first: BlockError?
+    do throws(BlockError) { try node.node.close() } catch { first = error }
+    if let backing, backing.isImplicit, backing.users == 0 {
+      do throws(BlockError) { try close(backing) } catch { first = first ?? error }
+    }
+    if let first { throw first }
+  }
+
+  /// Closes everything, the top layers first; the first error counts. Nothing is under way.
+  public func closeAll() throws(BlockError) {
+    for disk in disks.values { removeDisk(disk) }
+    var first: BlockError?
+    while let node = nodes.values.first(where: { $0.users == 0 }) {
+      do throws(BlockError) { try close(node) } catch { first = first ?? error }
+    }
+    if let first { throw first }
+  }
+
+  // MARK: Disks
+
+  /// Makes a disk of a layer.
+  public func addDisk(_ name: String, on node: LiveNode) throws(BlockError) -> LiveDisk {
+    guard disks[name] == nil else { throw .nodeNameTaken(name) }
+    guard node.users == 0 else { throw .nodeInUse(node.name) }
+    let disk = LiveDisk(name: name, top: node)
+    disks[name] = disk
+    return disk
+  }
+
+  /// The device is gone; the layers stay.
+  public func removeDisk(_ disk: LiveDisk) {
+    disks[disk.name] = nil
+    disk.top.users -= 1
+  }
+
+  // MARK: Jobs
+
+  /// Copies what a disk has in the layers above `base`, nil for all, into its top layer and drops them (`block-stream`).
+  public func stream(
+    _ id: String, _ disk: LiveDisk, base: LiveNode?, baseName: String? = nil, configure: (LiveJob) -> Void = { _ in }
+  ) throws(BlockError) {
+    try requireJob(id, on: disk)
+    begin(try StreamJob(id, disk, base: base, baseName: baseName, graph: self), configure)
+  }
+
+  /// Writes the layers from `top` to above `base` into `base` and drops them (`block-commit`).
+  public func commit(
+    _ id: String, _ disk: LiveDisk, top: LiveNode, base: LiveNode, configure: (LiveJob) -> Void = { _ in }
+  ) throws(BlockError) {
+    try requireJob(id, on: disk)
+    begin(try CommitJob(id, disk, top: top, base: base, graph: self), configure)
+  }
+
+  /// Copies a disk as it is now (`blockdev-backup`); `mode` in QEMU's words: full, top, none, incremental.
+  public func backup(
+    _ id: String, _ disk: LiveDisk, to target: LiveNode, mode: String, bitmap: String?,
+    configure: (LiveJob) -> Void = { _ in }
+  ) throws(BlockError) {
+    try requireJob(id, on: disk)
+    guard let mode = BackupJob.Mode(rawValue: mode == "bitmap" ? "incremental" : mode) else {
+      throw .invalid(what: "sync", value: mode, expected: "full, top, none or incremental")
+    }
+    begin(try BackupJob(id, disk, to: target, mode: mode, bitmap: bitmap, graph: self), configure)
+  }
+
+  private func requireJob(_ id: String, on disk: LiveDisk) throws(BlockError) {
+    guard jobs[id] == nil else { throw .jobExists(id) }
+    if let job = jobs.values.first(where: { $0.disk === disk }) { throw .diskHasJob(disk.name, job: job.id) }
+  }
+
+  private func begin(_ job: LiveJob, _ configure: (LiveJob) -> Void) {
+    configure(job)
+    jobs[job.id] = job
+    onJob(job, .status(.created))
+    job.start()
+  }
+
+  /// The job of an id.
+  public func job(_ id: String) throws(BlockError) -> LiveJob {
+    if let job = jobs[id] { return job }
+    throw .noJob(id)
+  }
+
+  func remove(_ job: LiveJob) { jobs[job.id] = nil }
+
+  func makeTimer(_ fire: @escaping () -> Void) -> EventLoop.Timer? {
+    // It fires on the loop's thread, which is the graph's.
+    let body = OnThread(fire)
+    return loop?.makeTimer { body.value() }
+  }
+
+  private struct OnThread: @unchecked Sendable {
+    let value: () -> Void
+    init(_ value: @escaping () -> Void) { self.value = value }
+  }
+
+  /// A layer has left its disk: closed where nobody uses it nor closes it.
+  public func drop(_ layer: LiveNode) {
+    guard layer.users == 0, layer.isImplicit else { return }
+    // What it held is elsewhere.
+    try? close(layer)
+  }
+
+  // MARK: Snapshots
+
+  /// A disk, and the layer that is to be its next top one.
+  public typealias Overlay = (disk: LiveDisk, layer: LiveNode)
+
+  /// Makes a qcow2 image that names a disk's top layer as its backing file, and opens it without.
+  public func makeOverlay(
+    of disk: LiveDisk, path: String, name: String?, isExisting: Bool = false
+  ) throws(BlockError) -> Overlay {
+    if let name { try requireFree(name) }
+    if !isExisting {
+      var options = Qcow2CreateOptions(size: disk.size)
+      options.backingName = Self.reference(to: disk.top.path, from: path)
+      options.backingFormat = disk.top.format.rawValue
+      try HostFile.create(path)
+      let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+      defer { file.close() }
+      try Qcow2Image.create(options, in: file)
+    }
+    var options = Options(path: path, format: .qcow2, access: FileAccess(writable: true))
+    options.access.direct = disk.top.file?.isDirect ?? false
+    options.name = name
+    options.backing = .none
+    options.isImplicit = !isExisting
+    return (disk, try open(options))
+  }
+
+  /// Puts layers on top of their disks, all at one instant: no request is under way on any of them then. The layers below
+  /// take no more writes. Undoing is not needed: what can fail has been done before.
+  public func snapshot(_ overlays: [Overlay], then: @escaping (BlockError?) -> Void) {
+    do throws(BlockError) { try check(overlays) } catch { return then(error) }
+    var waiting = overlays.count
+    guard waiting > 0 else { return then(nil) }
+    for overlay in overlays {
+      overlay.disk.hold { [self] in
+        waiting -= 1
+        guard waiting == 0 else { return }
+        let old = overlays.map(\.disk.top)
+        for ((disk, layer), old) in zip(overlays, old) {
+          // Cannot fail: `refusal` has seen to it.
+          try? setBacking(of: layer, to: old)
+          disk.replaceTop(layer)
+        }
+        for (disk, _) in overlays { disk.release() }
+        then(nil)
+        for (overlay, layer) in zip(overlays, old) { retire(layer, of: overlay.disk) }
+      }
+    }
+  }
+
+  /// Says why layers cannot be put on their disks.
+  public func check(_ overlays: [Overlay]) throws(BlockError) {
+    for (index, overlay) in overlays.enumerated() {
+      if let error = refusal(of: overlay) { throw error }
+      for other in overlays[..<index] {
+        if other.disk === overlay.disk { throw .diskTwice(overlay.disk.name) }
+        if other.layer === overlay.layer { throw .nodeInUse(overlay.layer.name) }
+      }
+    }
+  }
+
+  /// What is no top layer any more is made durable and lets others read it. Where that fails, the disk's next flush tries again.
+  private func retire(_ layer: LiveNode, of disk: LiveDisk) {
+    guard !layer.node.isReadOnly else { return }
+    layer.node.submit(
+      BlockRequest(.flush) { error in
+        guard error == nil, disk.top !== layer else { return }
+        do throws(BlockError) { try layer.setWritable(false) } catch { return }
+        disk.forget(layer)
+      })
+  }
+
+  private func refusal(of overlay: Overlay) -> BlockError? {
+    let layer = overlay.layer
+    if layer.qcow2 == nil { return .unsupported(path: layer.path, .operation("a backing file")) }
+    if let job = jobs.values.first(where: { $0.disk === overlay.disk && $0.kind != .backup }) {
+      return .diskHasJob(overlay.disk.name, job: job.id)
+    }
+    if layer.users > 0 { return .nodeInUse(layer.name) }
+    if layer.backing != nil { return .overlayHasBacking(layer.name) }
+    if layer.node.isReadOnly { return .readOnly(path: layer.path) }
+    if layer.node.size != overlay.disk.size {
+      return .invalid(
+        what: "size of \(layer.path)", value: "\(layer.node.size)", expected: "\(overlay.disk.size), the disk's")
+    }
+    return nil
+  }
+
+  /// A path that means the same in every folder.
+  static func absolute(_ path: String) -> String {
+    guard !path.hasPrefix("/"), let folder = getcwd(nil, 0) else { return path }
+    defer { free(folder) }
+    return String(cString: folder) + "/" + path
+  }
+
+  /// How an image names another: by its last part where both are in one folder, else by its whole path.
+  static func reference(to path: String, from other: String) -> String {
+    let (target, source) = (absolute(path), absolute(other))
+    guard let slash = target.lastIndex(of: "/"), let other = source.lastIndex(of: "/"),
+      target[..<slash] == source[..<other]
+    else { return target }
+    return String(target[target.index(after: slash)...])
+  }
+}
