@@ -128,28 +128,34 @@ enum JobCommands {
   private static func queries(_ control: DiskControl) -> [QMPCommand] {
     [
       QMPCommand("query-jobs", returns: .array(.any)) { _, _ throws(MonitorError) in
-        try control.run { graph in .array(sorted(graph).map { job in
-          var entry: JSONObject = [
-            "id": .string(job.id), "type": .string(job.kind.rawValue), "status": .string(job.status.rawValue),
-            "current-progress": JSONValue(job.offset), "total-progress": JSONValue(job.length),
-          ]
-          if let error = job.error { entry["error"] = .string("\(error)") }
-          return .object(entry)
-        }) }
+        try control.run { graph in
+          .array(
+            sorted(graph).map { job in
+              var entry: JSONObject = [
+                "id": .string(job.id), "type": .string(job.kind.rawValue), "status": .string(job.status.rawValue),
+                "current-progress": JSONValue(job.offset), "total-progress": JSONValue(job.length),
+              ]
+              if let error = job.error { entry["error"] = .string("\(error)") }
+              return .object(entry)
+            })
+        }
       },
       QMPCommand("query-block-jobs", returns: .array(.any)) { _, _ throws(MonitorError) in
-        try control.run { graph in .array(sorted(graph).map { job in
-          let isReady = job.status == .ready || job.status == .standby
-          var entry: JSONObject = [
-            "device": .string(job.id), "type": .string(job.kind.rawValue), "len": JSONValue(job.length),
-            "offset": JSONValue(job.offset), "busy": .bool(job.status == .running),
-            "paused": .bool(job.status == .paused || job.status == .standby), "speed": JSONValue(job.speed),
-            "io-status": "ok", "ready": .bool(isReady), "status": .string(job.status.rawValue),
-            "auto-finalize": .bool(!job.staysPending), "auto-dismiss": .bool(!job.staysConcluded),
-          ]
-          if let error = job.error { entry["error"] = .string("\(error)") }
-          return .object(entry)
-        }) }
+        try control.run { graph in
+          .array(
+            sorted(graph).map { job in
+              let isReady = job.status == .ready || job.status == .standby
+              var entry: JSONObject = [
+                "device": .string(job.id), "type": .string(job.kind.rawValue), "len": JSONValue(job.length),
+                "offset": JSONValue(job.offset), "busy": .bool(job.status == .running),
+                "paused": .bool(job.status == .paused || job.status == .standby), "speed": JSONValue(job.speed),
+                "io-status": "ok", "ready": .bool(isReady), "status": .string(job.status.rawValue),
+                "auto-finalize": .bool(!job.staysPending), "auto-dismiss": .bool(!job.staysConcluded),
+              ]
+              if let error = job.error { entry["error"] = .string("\(error)") }
+              return .object(entry)
+            })
+        }
       },
     ]
   }
