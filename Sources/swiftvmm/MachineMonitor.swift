@@ -15,13 +15,16 @@ final class MachineMonitor: MonitorTarget {
   }
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
-  static func serve(_ machine: Machine, engine: String, disks: DiskControl?, on text: String) throws(Failure) -> MonitorServer {
+  static func serve(_ machine: Machine, engine: String, disks: DiskControl?, on text: String) throws(Failure)
+    -> MonitorServer
+  {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
       let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) } ?? [])
       let target = MachineMonitor(machine, engine: engine)
-      server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") { line in
+      server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
+        line in
         printError("swiftvmm: \(line)")
       }
     } catch let error as HostError {

@@ -50,7 +50,8 @@ struct HotplugTests {
     for image in images {
       let checked = try hostTool("qemu-img", "check", image)
       #expect(checked.status == 0, "\(checked.output)")
-      let verified = try VMM.run("run", "disk", "--engine", "soft", "--disk", image, "--append", "mode=verify \(options)")
+      let verified = try VMM.run(
+        "run", "disk", "--engine", "soft", "--disk", image, "--append", "mode=verify \(options)")
       #expect(verified.status == 0 && verified.output.contains("found 100 of 100"), "\(verified.output)")
     }
   }
@@ -67,8 +68,9 @@ struct HotplugTests {
       "while [ -e /sys/block/vda ]; do sleep 0.1; done", "echo GONE-$((1+1))",
     ]
     let machine = try RunningVMM([
-      linux + "vmlinuz", "--initrd", linux + "initramfs.gz", "--engine", "soft", "--memory", "512M", "--cpus", "\(cpus)",
-      "--time-limit", "120", "--append", "console=ttyS0 quiet virtio run=\"\(commands.joined(separator: "; "))\"",
+      linux + "vmlinuz", "--initrd", linux + "initramfs.gz", "--engine", "soft", "--memory", "512M", "--cpus",
+      "\(cpus)", "--time-limit", "120", "--append",
+      "console=ttyS0 quiet virtio run=\"\(commands.joined(separator: "; "))\"",
     ])
     #expect(machine.waitFor("READY-2"), "\(machine.text)")
     try plugIn(machine, "plugged", image)

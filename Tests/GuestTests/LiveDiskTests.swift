@@ -142,7 +142,9 @@ struct LiveDiskTests {
     }
     try add("target")
     // The bitmap notes what is written from the backup's instant on.
-    let backup: [String: Any] = ["device": "d0", "job-id": "b", "target": "target", "sync": "full", "speed": 20_000_000]
+    let backup: [String: Any] = [
+      "device": "d0", "job-id": "b", "target": "target", "sync": "full", "speed": 20_000_000,
+    ]
     let bitmap: [String: Any] = ["node": "d0", "name": "since", "persistent": format == "qcow2"]
     try machine.execute(
       "transaction",

@@ -115,8 +115,9 @@ public class LiveJob {
 
   /// Stops beginning stretches, or goes on.
   public func pause(_ isPaused: Bool) throws(BlockError) {
-    guard ![.concluded, .aborting, .null, .waiting, .pending].contains(status) else { throw .jobState(id, status.rawValue) }
-    guard isPaused || pauses > 0 else { throw .jobState(id, status.rawValue) }
+    guard [.running, .paused, .ready, .standby].contains(status), isPaused || pauses > 0 else {
+      throw .jobState(id, status.rawValue)
+    }
     pauses += isPaused ? 1 : -1
     switch (status, pauses > 0) {
     case (.running, true): set(.paused)

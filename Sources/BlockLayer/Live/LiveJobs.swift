@@ -231,7 +231,9 @@ final class BackupJob: LiveJob, WriteGuard {
     self.bitmap = bitmap
     source = disk.top
     if mode == .incremental {
-      guard let bitmap else { throw .invalid(what: "bitmap", value: "none", expected: "one, for an incremental backup") }
+      guard let bitmap else {
+        throw .invalid(what: "bitmap", value: "none", expected: "one, for an incremental backup")
+      }
       _ = try disk.top.dirtyBitmap(bitmap)
     }
     let granularity = max(Self.minimumGranularity, target.qcow2?.clusterSize ?? 0)
@@ -292,7 +294,9 @@ final class BackupJob: LiveJob, WriteGuard {
     }
   }
 
-  override func conclude(then: @escaping (BlockError?) -> Void) { target.node.submit(BlockRequest(.flush, completion: then)) }
+  override func conclude(then: @escaping (BlockError?) -> Void) {
+    target.node.submit(BlockRequest(.flush, completion: then))
+  }
 
   override func didEnd(succeeded: Bool) {
     isOver = true

@@ -257,19 +257,21 @@ private final class CopiedEdges {
   /// Reads what the edges need.
   func fill(_ then: @escaping (BlockError?) -> Void) {
     do throws(BlockError) {
-      let needed = (head: try isNeeded(clusters.lowerBound, headLength), tail: try isNeeded(data.upperBound, tailLength))
-      if needed.head == .data, needed.tail == .data, UInt64(data.count) <= Self.gap {
+      let needs = (
+        head: try need(clusters.lowerBound, headLength), tail: try need(data.upperBound, tailLength)
+      )
+      if needs.head == .data, needs.tail == .data, UInt64(data.count) <= Self.gap {
         let buffer = DiskBuffer(count: clusters.count, zeroed: true)
         whole = buffer
         return read(buffer, at: clusters.lowerBound, clusters.count, then)
       }
-      if needed.head != .nothing { head = DiskBuffer(count: headLength, zeroed: true) }
-      if needed.tail != .nothing { tail = DiskBuffer(count: tailLength, zeroed: true) }
+      if needs.head != .nothing { head = DiskBuffer(count: headLength, zeroed: true) }
+      if needs.tail != .nothing { tail = DiskBuffer(count: tailLength, zeroed: true) }
       let readTail = { [self] (error: BlockError?) in
-        guard error == nil, needed.tail == .data, let tail else { return then(error) }
+        guard error == nil, needs.tail == .data, let tail else { return then(error) }
         read(tail, at: data.upperBound, tailLength, then)
       }
-      guard needed.head == .data, let head else { return readTail(nil) }
+      guard needs.head == .data, let head else { return readTail(nil) }
       read(head, at: clusters.lowerBound, headLength, readTail)
     } catch {
       then(error)
@@ -280,7 +282,7 @@ private final class CopiedEdges {
     case nothing, zeros, data
   }
 
-  private func isNeeded(_ offset: UInt64, _ length: Int) throws(BlockError) -> Need {
+  private func need(_ offset: UInt64, _ length: Int) throws(BlockError) -> Need {
     if length == 0 { return .nothing }
     guard try image.isZero(at: offset, length: onDisk(offset, length)) else { return .data }
     return isFresh ? .nothing : .zeros

@@ -138,7 +138,8 @@ struct DiskRequestsBenchmark {
   private func peer(_ subject: Subject, _ note: (String) -> Void) throws(Failure) -> Double? {
     let command =
       [
-        "qemu-img", "bench", "-c", "\(Self.count)", "-d", "\(subject.depth)", "-f", subject.format.rawValue, "-t", "none",
+        "qemu-img", "bench", "-c", "\(Self.count)", "-d", "\(subject.depth)", "-f", subject.format.rawValue, "-t",
+        "none",
         "-n", "-s", "\(Self.requestSize)", "-S", "\(Self.step)",
       ] + (subject.isWrite ? ["-w"] : []) + [subject.path]
     let process = BenchProcess(name: "qemu-img", command: command)
