@@ -39,9 +39,6 @@ public final class HostFile: BlockFile {
   private let alignment: UInt64
   private var isClosed = false
 
-  /// Whether the page cache is gone round.
-  var isDirect: Bool { access.direct }
-
   /// Opens an existing file and locks it.
   public init(path: String, access: FileAccess, queue: any IOQueue) throws(BlockError) {
     self.path = path
@@ -89,7 +86,7 @@ public final class HostFile: BlockFile {
     }
     var status = stat()
     guard fstat(other.rawValue, &status) == 0,
-      FileIdentity(device: status.st_dev, inode: status.st_ino) == identity
+      identity == .file(device: status.st_dev, inode: status.st_ino)
     else { throw .io(call: "open", path: path, errno: ESTALE) }
     if !access.sharesAll {
       FileLocks.release(file.rawValue)

@@ -251,7 +251,7 @@ public final class BlockGraph {
       try Qcow2Image.create(options, in: file)
     }
     var options = Options(path: path, format: .qcow2, access: FileAccess(writable: true))
-    options.access.direct = disk.top.file?.isDirect ?? false
+    options.access.direct = disk.top.access.direct
     options.name = name
     options.backing = .none
     options.isImplicit = !isExisting

@@ -19,10 +19,10 @@ public final class LiveNode {
   /// Dirty bitmaps that are in memory only.
   public internal(set) var bitmaps: [DirtyBitmap] = []
 
-  let file: HostFile?
+  let file: any BlockFile
 
   init(
-    name: String, path: String, format: ImageFormat, node: any BlockNode, file: HostFile?, isImplicit: Bool
+    name: String, path: String, format: ImageFormat, node: any BlockNode, file: any BlockFile, isImplicit: Bool
   ) {
     self.name = name
     self.path = path
@@ -48,9 +48,9 @@ public final class LiveNode {
   }
 
   /// How the file is opened.
-  public var access: FileAccess { file?.access ?? FileAccess() }
+  public var access: FileAccess { (file as? HostFile)?.access ?? FileAccess() }
   /// Bytes of the host's storage.
-  public var allocatedBytes: UInt64 { file?.allocatedBytes ?? 0 }
+  public var allocatedBytes: UInt64 { file.allocatedBytes ?? 0 }
 
   /// Whether a path means this layer.
   public func isCalled(_ path: String) -> Bool {
