@@ -28,16 +28,11 @@ public final class KVMAccelerator: Accelerator {
   ]
   /// Whether KVM leaves registers in the page that it shares.
   let hasSyncedRegisters: Bool
-  /// For measurements: carries the whole state at every change of views, by one call a part.
-  let carriesEverything: Bool
   /// Entries of each vCPU's dirty ring; nil for the dirty log. KVM offers one or the other to a VM.
   let dirtyRingEntries: Int?
 
   /// Opens KVM and asks what it can do.
-  public init(
-    path: String = KVMAccelerator.devicePath, dirtyRingEntries: Int? = nil, carriesEverything: Bool = false
-  ) throws(AcceleratorError) {
-    self.carriesEverything = carriesEverything
+  public init(path: String = KVMAccelerator.devicePath, dirtyRingEntries: Int? = nil) throws(AcceleratorError) {
     do {
       device = try FileDescriptor.open(path, O_RDWR)
     } catch {

@@ -190,8 +190,9 @@ extension KVMVirtualMachine {
     guard interrupts == .userSpace, accelerator.capabilities.contains(.memoryViews) else {
       throw .unsupported(engine: "kvm", what: "memory views beside interrupt controllers in the kernel")
     }
-    let shell = try KVMVirtualMachine(accelerator: accelerator, memory: memory, interrupts: interrupts)
+    let shell = try KVMVirtualMachine(accelerator: accelerator, memory: memory, interrupts: interrupts, isShell: true)
     for (doorbell, descriptor) in attachedDoorbells { try shell.attachDoorbell(doorbell, eventDescriptor: descriptor) }
+    try shell.writeClock(try readClock())
     let slots = slotTable
     let (view, stale) = try withViews { views throws(AcceleratorError) in
       let stale = views.known.values.filter { $0.view == nil }.map(\.number)

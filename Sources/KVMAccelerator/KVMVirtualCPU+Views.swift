@@ -4,6 +4,7 @@ import Glibc
 import GuestMemory
 import Host
 import MemoryViews
+import Synchronization
 
 /// A vCPU's way between views: each view has a virtual machine of KVM's with its own slots, and the state moves.
 extension KVMVirtualCPU {
@@ -24,18 +25,20 @@ extension KVMVirtualCPU {
     }
     let number = view?.number ?? 0
     if let known = faces[number] {
-      try carry(to: known, everything: machine.accelerator.carriesEverything)
+      try carry(to: known)
     } else {
       guard let view else { return }
       let made = try KVMFace(machine.shell(of: view), index: index, cpuid: cpuid)
       // The whole state once: most of it the guest never changes.
       let state = try readState()
       let events = (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection)
-      face.left = try carried()
+      let former = face
+      former.left = try carried()
       face = made
       faces[number] = made
       try writeState(state)
       (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection) = events
+      copyTimestampOffset(from: former, to: made)
       if debug.control != 0 {
         try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
       }
@@ -47,8 +50,25 @@ extension KVMVirtualCPU {
     }
   }
 
+  /// Makes two faces' time-stamp counters the same one, where KVM tells their offset from the host's; elsewhere a written
+  /// counter has to do.
+  private func copyTimestampOffset(from one: KVMFace, to other: KVMFace) {
+    var offset: UInt64 = 0
+    withUnsafeMutablePointer(to: &offset) { offset in
+      var attribute = kvm_device_attr()
+      attribute.group = UInt32(KVM_VCPU_TSC_CTRL)
+      attribute.attr = UInt64(KVM_VCPU_TSC_OFFSET)
+      attribute.addr = UInt64(UInt(bitPattern: offset))
+      withUnsafeMutablePointer(to: &attribute) { attribute in
+        let pointer = UnsafeMutableRawPointer(attribute)
+        guard ioctl(one.descriptor.rawValue, CLINUX_KVM_GET_DEVICE_ATTR, pointer) == 0 else { return }
+        _ = ioctl(other.descriptor.rawValue, CLINUX_KVM_SET_DEVICE_ATTR, pointer)
+      }
+    }
+  }
+
   /// Moves the state to another face: of what seldom changes only what has.
-  private func carry(to next: KVMFace, everything: Bool) throws(AcceleratorError) {
+  private func carry(to next: KVMFace) throws(AcceleratorError) {
     let source = face
     // Where the last run left them in the shared page, registers cost no call.
     let wasSynced = isSynced
@@ -60,13 +80,15 @@ extension KVMVirtualCPU {
     }
     source.shared.pointee.kvm_dirty_regs = 0
     isSynced = false
-    var now = try carried()
+    // Without OSXSAVE the guest cannot have changed XCR0 since the face was entered.
+    let mayChangeXCR0 = registers.sregs.cr4 & 1 << 18 != 0
+    var now = try carried(control: mayChangeXCR0 ? nil : source.left?.control)
     now.system = registers.sregs
     let events = (source.shared.pointee.if_flag, source.shared.pointee.ready_for_interrupt_injection)
     source.left = now
     face = next
     (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection) = events
-    let then = everything ? nil : next.left
+    let then = next.left
     if !same(then?.control, now.control) {
       try kvmCall("KVM_SET_XCRS", descriptor, CLINUX_KVM_SET_XCRS, with: &now.control)
     }
@@ -79,7 +101,7 @@ extension KVMVirtualCPU {
       try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
     }
     let systemChanged = !same(then?.system, now.system)
-    if machine.accelerator.hasSyncedRegisters, !everything {
+    if machine.accelerator.hasSyncedRegisters {
       next.registers.pointee = registers
       var dirty = CLINUX_KVM_SYNC_X86_REGS | CLINUX_KVM_SYNC_X86_EVENTS
       if systemChanged { dirty |= CLINUX_KVM_SYNC_X86_SREGS }
@@ -90,16 +112,17 @@ extension KVMVirtualCPU {
       if systemChanged { try kvmCall("KVM_SET_SREGS", descriptor, CLINUX_KVM_SET_SREGS, with: &registers.sregs) }
       try kvmCall("KVM_SET_VCPU_EVENTS", descriptor, CLINUX_KVM_SET_VCPU_EVENTS, with: &registers.events)
     }
+    next.left = now
     if !wasSynced { forbidInjection() }
   }
 
   /// Everything that moves besides registers and events; `system` is the caller's.
-  private func carried() throws(AcceleratorError) -> KVMCarried {
+  private func carried(control known: kvm_xcrs? = nil) throws(AcceleratorError) -> KVMCarried {
     try settle()
     var debug = kvm_debugregs()
     try kvmCall("KVM_GET_DEBUGREGS", descriptor, CLINUX_KVM_GET_DEBUGREGS, with: &debug)
-    var control = kvm_xcrs()
-    try kvmCall("KVM_GET_XCRS", descriptor, CLINUX_KVM_GET_XCRS, with: &control)
+    var control = known ?? kvm_xcrs()
+    if known == nil { try kvmCall("KVM_GET_XCRS", descriptor, CLINUX_KVM_GET_XCRS, with: &control) }
     return KVMCarried(
       system: kvm_sregs(), debug: debug, control: control, extended: try readExtendedState(),
       modelSpecific: try readModelSpecificRegisters(machine.accelerator.carriedIndices))
@@ -213,7 +236,12 @@ extension KVMVirtualCPU {
 
   /// Forgets the faces of views that are no more.
   func forget(_ numbers: [UInt32]) {
-    for number in numbers where faces[number] !== face { faces[number] = nil }
+    for number in numbers where faces[number] !== face {
+      let old = faces.removeValue(forKey: number)
+      // Nobody still sets its flag when it goes.
+      kicks.withLock { _ in }
+      withExtendedLifetime(old) {}
+    }
   }
 }
 

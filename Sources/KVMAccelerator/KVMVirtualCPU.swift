@@ -19,6 +19,8 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     didSet { immediateExitAddress.store(Int(bitPattern: face.immediateExit), ordering: .sequentiallyConsistent) }
   }
   private let immediateExitAddress: Atomic<Int>
+  /// Held while a face's flag is set from another thread, and while faces are forgotten.
+  let kicks = Mutex(())
   /// The descriptor and the shared page of the one that runs.
   var descriptor: Int32 { face.descriptor.rawValue }
   var shared: UnsafeMutablePointer<kvm_run> { face.shared }
@@ -95,8 +97,10 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
 
   /// The same for one that has nothing to be told: it comes back, and goes on.
   func leaveSoon() {
-    let flag = immediateExitAddress.load(ordering: .sequentiallyConsistent)
-    UnsafeMutablePointer<Atomic<UInt8>>(bitPattern: flag)?.pointee.store(1, ordering: .sequentiallyConsistent)
+    kicks.withLock { _ in
+      let flag = immediateExitAddress.load(ordering: .sequentiallyConsistent)
+      UnsafeMutablePointer<Atomic<UInt8>>(bitPattern: flag)?.pointee.store(1, ordering: .sequentiallyConsistent)
+    }
     let thread = runner.load(ordering: .sequentiallyConsistent)
     if thread != 0 { ThreadIdentity(id: thread).interrupt() }
   }

@@ -39,9 +39,13 @@ public final class KVMVirtualMachine: VirtualMachine {
   private static let identityMapAddress: UInt64 = 0xfeff_c000
   private static let taskStateAddress: Int = 0xfeff_d000
 
+  /// Whether it is the machine of a view, whose slots nobody looks up.
+  private let isShell: Bool
+
   init(
-    accelerator: KVMAccelerator, memory: GuestMemory, interrupts: InterruptControllerModel
+    accelerator: KVMAccelerator, memory: GuestMemory, interrupts: InterruptControllerModel, isShell: Bool = false
   ) throws(AcceleratorError) {
+    self.isShell = isShell
     self.accelerator = accelerator
     self.memory = memory
     self.interrupts = interrupts
@@ -112,6 +116,7 @@ public final class KVMVirtualMachine: VirtualMachine {
 
   /// Shows lookups the slots as they are.
   private func publishTable() {
+    if isShell { return }
     let now = slots.withLock { Array($0.values) }
     table.withLock { $0 = now }
   }
@@ -349,6 +354,7 @@ public final class KVMVirtualMachine: VirtualMachine {
     var clock = kvm_clock_data()
     clock.clock = nanoseconds
     try kvmCall("KVM_SET_CLOCK", descriptor.rawValue, CLINUX_KVM_SET_CLOCK, with: &clock)
+    for shell in shells { try shell.writeClock(nanoseconds) }
   }
 
   /// In-kernel interrupt controllers and PIT as KVM's own structures, and the clock.
