@@ -80,6 +80,11 @@ public struct QMPEvent: Equatable, Sendable {
     return QMPEvent("BLOCK_JOB_\(what)", data)
   }
 
+  /// A disk or layer is offered no longer.
+  public static func blockExportDeleted(_ id: String) -> QMPEvent {
+    QMPEvent("BLOCK_EXPORT_DELETED", ["id": .string(id)])
+  }
+
   /// The guest has given a device up, which is gone.
   public static func deviceDeleted(_ id: String) -> QMPEvent {
     QMPEvent("DEVICE_DELETED", ["device": .string(id), "path": .string("/machine/peripheral/\(id)")])
@@ -112,6 +117,7 @@ public struct QMPEvent: Equatable, Sendable {
     ("JOB_STATUS_CHANGE", [.required("id", .string), .required("status", .string)]),
     ("BLOCK_JOB_READY", jobMembers), ("BLOCK_JOB_CANCELLED", jobMembers),
     ("BLOCK_JOB_COMPLETED", jobMembers + [.optional("error", .string)]),
+    ("BLOCK_EXPORT_DELETED", [.required("id", .string)]),
     ("DEVICE_DELETED", [.optional("device", .string), .required("path", .string)]),
     (
       "BLOCK_IO_ERROR",

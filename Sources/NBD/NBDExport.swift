@@ -16,11 +16,14 @@ public final class NBDExport {
   public let allowsSeveralConnections: Bool
   /// The dirty bitmaps that clients may ask for.
   public let bitmaps: [NBDBitmap]
+  /// The node whose layers say what is stored where.
+  let layers: () -> any BlockNode
 
-  /// Offers `node`.
+  /// Offers `node`; where its layers change while it is served, `layers` says which node has them.
   public init(
     name: String, description: String = "", node: any BlockNode, isReadOnly: Bool = false,
-    allowsSeveralConnections: Bool = true, bitmaps: [NBDBitmap] = []
+    allowsSeveralConnections: Bool = true, bitmaps: [NBDBitmap] = [],
+    layers: (() -> any BlockNode)? = nil
   ) throws(NBDError) {
     for text in [name, description] where text.utf8.count > NBDProtocol.longestString {
       throw .textTooLong(bytes: text.utf8.count, limit: NBDProtocol.longestString)
@@ -31,6 +34,7 @@ public final class NBDExport {
     self.isReadOnly = isReadOnly || node.isReadOnly
     self.allowsSeveralConnections = allowsSeveralConnections
     self.bitmaps = bitmaps
+    self.layers = layers ?? { node }
   }
 
   /// What clients may do with it ("Transmission flags").
@@ -67,26 +71,5 @@ public struct NBDBitmap {
   /// A persistent bitmap as it is now: what is written later does not show.
   public init(_ bitmap: Qcow2Bitmap) {
     self.init(name: bitmap.name) { offset, length in bitmap.run(at: offset, length: length) }
-  }
-}
-
-extension Qcow2Bitmap {
-  /// Whether the byte at `offset` is dirty, and how many bytes from there on share that; `length` at most.
-  public func run(at offset: UInt64, length: UInt64) -> (isDirty: Bool, length: UInt64) {
-    let first = offset / granularity
-    let last = (offset + max(length, 1) - 1) / granularity
-    func word(_ index: UInt64) -> UInt64 { index < UInt64(words.count) ? words[Int(index)] : 0 }
-    let isDirty = word(first / 64) >> (first % 64) & 1 == 1
-    var bit = first + 1
-    while bit <= last {
-      // The bits that differ from the first one, from this one on.
-      let other = (isDirty ? ~word(bit / 64) : word(bit / 64)) >> (bit % 64)
-      if other != 0 {
-        bit += UInt64(other.trailingZeroBitCount)
-        break
-      }
-      bit += 64 - bit % 64
-    }
-    return (isDirty, min(length, bit * granularity - offset))
   }
 }

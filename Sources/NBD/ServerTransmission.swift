@@ -30,7 +30,7 @@ extension ServerSession {
     switch transfer.command {
     case .read:
       if length == 0 { return answerRead(transfer) }
-      if usesStructuredReplies, !transfer.flags.contains(.df), !findHoles(transfer, export.node) { return }
+      if usesStructuredReplies, !transfer.flags.contains(.df), !findHoles(transfer, export.layers()) { return }
       let buffer = provideBuffer(transfer)
       transfer.request.memory.append(buffer.start, length)
       submit(transfer, .read)
@@ -261,7 +261,7 @@ extension ServerSession {
     _ export: NBDExport, _ context: Int, at offset: UInt64, length: UInt64
   ) throws(BlockError) -> (length: UInt64, flags: UInt32) {
     if context == 0 {
-      let extent = try export.node.chainExtent(at: offset, length: length).extent
+      let extent = try export.layers().chainExtent(at: offset, length: length).extent
       let flags = (extent.isData ? 0 : NBDProtocol.stateHole) | (extent.isZero ? NBDProtocol.stateZero : 0)
       return (min(extent.length, length), flags)
     }

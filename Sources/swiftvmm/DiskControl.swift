@@ -8,6 +8,8 @@ import Synchronization
 final class DiskControl: @unchecked Sendable {
   let machine: Machine
   let disks: RunDisks
+  /// What NBD clients are offered.
+  private(set) lazy var exports = DiskExports(self)
   private var graph: BlockGraph { disks.graph }
   private let emit = Mutex<@Sendable (QMPEvent) -> Void>({ _ in })
   /// Files that `blockdev-add` has named and no format stands on; the disks' thread's.
@@ -28,6 +30,9 @@ final class DiskControl: @unchecked Sendable {
     let emit = emit.withLock { $0 }
     for event in JobEvents.events(job, event) { emit(event) }
   }
+
+  /// Tells every client of the control socket.
+  func tell(_ event: QMPEvent) { emit.withLock { $0 }(event) }
 
   // MARK: Threads
 
@@ -110,6 +115,7 @@ final class DiskControl: @unchecked Sendable {
   func deviceDeleted(_ id: String) {
     disks.thread.perform { [self] in
       guard let disk = graph.disks[id] else { return }
+      exports.diskGone(disk, graph)
       for job in graph.jobs.values where job.disk === disk { job.cancel() }
       graph.removeDisk(disk)
       graph.drop(disk.top)

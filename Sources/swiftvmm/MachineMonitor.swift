@@ -21,7 +21,7 @@ final class MachineMonitor: MonitorTarget {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
-      let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) } ?? [])
+      let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) } ?? [])
       let target = MachineMonitor(machine, engine: engine)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
         line in

@@ -106,6 +106,8 @@ struct RunSession {
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
     monitor?.close()
+    // One that does not run needs no end.
+    try? control?.exports.stop()
     try disks?.close()
     return outcome.status
   }

@@ -28,6 +28,25 @@ public struct Qcow2Bitmap: Sendable {
     return false
   }
 
+  /// Whether the byte at `offset` is dirty, and how many bytes from there on share that; `length` at most.
+  public func run(at offset: UInt64, length: UInt64) -> (isDirty: Bool, length: UInt64) {
+    let first = offset / granularity
+    let last = (offset + max(length, 1) - 1) / granularity
+    func word(_ index: UInt64) -> UInt64 { index < UInt64(words.count) ? words[Int(index)] : 0 }
+    let isDirty = word(first / 64) >> (first % 64) & 1 == 1
+    var bit = first + 1
+    while bit <= last {
+      // The bits that differ from the first one, from this one on.
+      let other = (isDirty ? ~word(bit / 64) : word(bit / 64)) >> (bit % 64)
+      if other != 0 {
+        bit += UInt64(other.trailingZeroBitCount)
+        break
+      }
+      bit += 64 - bit % 64
+    }
+    return (isDirty, min(length, bit * granularity - offset))
+  }
+
   mutating func mark(_ offset: UInt64, _ length: UInt64) {
     guard length > 0 else { return }
     for bit in (offset / granularity)...((offset + length - 1) / granularity) where bit / 64 < UInt64(words.count) {
