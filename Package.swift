@@ -128,7 +128,7 @@ let package = Package(
     tests("X86Tests", ["X86"]),
     tests(
       "LoaderHardeningTests",
-      ["Accelerator", "GuestMemory", "Host", "JSON", "LoaderHardening", "MemoryViews", "SoftAccelerator"]),
+      ["Accelerator", "GuestMemory", "KVMAccelerator", "LoaderHardening", "MemoryViews", "SoftAccelerator"]),
     // The physical CPU, an instruction at a time.
     .target(name: "NativeRunner", path: "Tests/Support/NativeRunner"),
     // Random code and states for the software CPU.

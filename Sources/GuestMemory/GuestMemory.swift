@@ -54,8 +54,16 @@ public final class GuestMemory: Sendable {
   private let mapping: MemoryMapping
   private let isObserved = Atomic(false)
   private let isGuarded = Atomic(false)
-  private let deviceGuard = Mutex<(@Sendable (GuestPhysicalAddress, Int, Bool) -> Bool)?>(nil)
-  private let observer = Mutex<(@Sendable (UnsafeMutableRawPointer, Int) -> Void)?>(nil)
+  private let deviceGuard = Mutex(DeviceGuard())
+  private let observer = Mutex(Observer())
+
+  // In structs: a bare function in a Mutex gets another two layers of thunks with every `withLock`.
+  private struct DeviceGuard {
+    var check: (@Sendable (GuestPhysicalAddress, Int, Bool) -> Bool)?
+  }
+  private struct Observer {
+    var call: (@Sendable (UnsafeMutableRawPointer, Int) -> Void)?
+  }
   private nonisolated(unsafe) let table: UnsafeMutablePointer<GuestRegion>
 
   /// Makes RAM for `ranges`, which are whole pages and do not overlap; nothing is touched, so nothing is used yet.
@@ -124,12 +132,12 @@ public final class GuestMemory: Sendable {
   @inline(__always)
   public func allowsDevice(_ address: GuestPhysicalAddress, count: Int, isWrite: Bool) -> Bool {
     guard isGuarded.load(ordering: .acquiring) else { return true }
-    return deviceGuard.withLock { $0 }?(address, count, isWrite) ?? true
+    return deviceGuard.withLock { $0 }.check?(address, count, isWrite) ?? true
   }
 
   /// Has `check` decide, on the device's thread, which accesses of devices go through: address, bytes, whether it writes.
   public func setDeviceGuard(_ check: (@Sendable (GuestPhysicalAddress, Int, Bool) -> Bool)?) {
-    deviceGuard.withLock { $0 = check }
+    deviceGuard.withLock { $0.check = check }
     isGuarded.store(check != nil, ordering: .releasing)
   }
 
@@ -217,14 +225,14 @@ public final class GuestMemory: Sendable {
   /// Has `observer` called after every write of the VMM's, with its host address and length; nil: nobody any more. An
   /// accelerator that caches decoded code needs to know.
   public func setWriteObserver(_ observer: (@Sendable (UnsafeMutableRawPointer, Int) -> Void)?) {
-    self.observer.withLock { $0 = observer }
+    self.observer.withLock { $0.call = observer }
     isObserved.store(observer != nil, ordering: .releasing)
   }
 
   /// Records that the VMM wrote `count` bytes at a host address of this memory.
   @inline(__always)
   public func markDirty(_ pointer: UnsafeMutableRawPointer, count: Int) {
-    if isObserved.load(ordering: .acquiring), count > 0 { observer.withLock { $0 }?(pointer, count) }
+    if isObserved.load(ordering: .acquiring), count > 0 { observer.withLock { $0 }.call?(pointer, count) }
     guard dirty.isTracking, count > 0 else { return }
     let offset = pointer - mapping.base
     dirty.mark(firstPage: offset >> 12, lastPage: (offset + count - 1) >> 12)

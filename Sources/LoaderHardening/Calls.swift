@@ -168,7 +168,7 @@ extension LoaderHardening {
       if let loader = shared.loader, loader.overlaps(range) { throw .denied(.loaderRange, .denied) }
     }
     if let loader = shared.loader, loader.overlaps(range), changesKernel { throw .denied(.loaderRange, .denied) }
-    for protection in policy.protections
+    for protection in shared.protections
     where protection.range.overlaps(range) && !rights.isSubset(of: protection.rights) {
       throw .denied(.protected(protection.name), .denied)
     }

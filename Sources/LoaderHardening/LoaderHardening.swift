@@ -37,12 +37,15 @@ public final class LoaderHardening: ViewSupervisor {
     var entries: [UInt64] = []
     var exits: [UInt64] = []
     var isLocked = false
+    /// The policy's, and what came from outside.
+    var protections: [HardeningPolicy.Protection] = []
   }
 
   /// Hardening of one machine; `record`, if anybody, gets every event, on any thread.
   public init(_ policy: HardeningPolicy, record: (@Sendable (AuditEvent) -> Void)?) {
     self.policy = policy
     self.record = record
+    shared.withLock { $0.protections = policy.protections }
   }
 
   /// Makes the views and puts every vCPU into the kernel's.
@@ -68,7 +71,10 @@ public final class LoaderHardening: ViewSupervisor {
   /// Forgets what was registered and makes the views anew.
   public func reset() throws(AcceleratorError) {
     guard let attached = machine.withLock({ $0 }) else { return }
-    shared.withLock { $0 = Shared() }
+    shared.withLock { [policy] in
+      $0 = Shared()
+      $0.protections = policy.protections
+    }
     for visitor in attached.visitors where !policy.pins.isEmpty { try? visitor.vcpu.pin([]) }
     try attach(attached.machine, attached.visitors.map(\.vcpu))
   }
@@ -146,8 +152,9 @@ public final class LoaderHardening: ViewSupervisor {
   public var isLocked: Bool { shared.withLock { $0.isLocked } }
 
   /// Changes rights in both views from outside the guest, as the policy's `protect` does.
-  public func protect(_ range: GuestRange, _ rights: PageRights) throws(AcceleratorError) {
+  public func protect(_ name: String, _ range: GuestRange, _ rights: PageRights) throws(AcceleratorError) {
     guard let attached = machine.withLock({ $0 }) else { return }
+    shared.withLock { $0.protections.append(HardeningPolicy.Protection(name: name, range: range, rights: rights)) }
     try attached.machine.change([
       ViewChange(attached.kernel, range, rights), ViewChange(attached.loader, range, rights),
     ])

@@ -18,7 +18,7 @@ extension LoaderHardening {
       let reason: DenialReason =
         isInLoader && !visitor.isInside
         ? .loaderData
-        : protection(violation.address)
+        : protection(violation.address, shared)
           ?? (violation.missing.contains(.write) ? .notWritable : .notReadable)
       return try deny(violation, reason, visitor, attached)
     }
@@ -40,7 +40,7 @@ extension LoaderHardening {
       return try leave(visitor, attached, registers, releases: true)
     }
     guard isInLoader, let loader = shared.loader else {
-      return try deny(violation, protection(violation.address) ?? .notExecutable, visitor, attached)
+      return try deny(violation, protection(violation.address, shared) ?? .notExecutable, visitor, attached)
     }
     if let interrupted = visitor.suspended.last, interrupted.rip == violation.rip {
       let registers = try vcpu.readRegisters()
@@ -68,8 +68,8 @@ extension LoaderHardening {
   }
 
   /// The policy's name for a place, where it protects it.
-  private func protection(_ address: GuestPhysicalAddress) -> DenialReason? {
-    policy.protections.first { $0.range.contains(address) }.map { .protected($0.name) }
+  private func protection(_ address: GuestPhysicalAddress, _ shared: Shared) -> DenialReason? {
+    shared.protections.first { $0.range.contains(address) }.map { .protected($0.name) }
   }
 
   /// Whether the loader's linear addresses still lead to it: else somebody else's data would be taken for the loader's.

@@ -78,16 +78,21 @@ final class MachineClock: GuestClock {
 
     /// Stands between the loop's timer and this one, which does not exist yet when the loop's is made.
     private final class Relay: Sendable {
-      let target = Mutex<(@Sendable () -> Void)?>(nil)
+      /// In a struct: a bare function in a Mutex gets another two layers of thunks with every `withLock`.
+      struct Target {
+        var call: (@Sendable () -> Void)?
+      }
+
+      let target = Mutex(Target())
     }
 
     init(clock: MachineClock, fire: @escaping @Sendable () -> Void) {
       self.clock = clock
       let relay = Relay()
       self.relay = relay
-      host = clock.loop.makeTimer { relay.target.withLock { $0 }?() }
+      host = clock.loop.makeTimer { relay.target.withLock { $0 }.call?() }
       relay.target.withLock { target in
-        target = { [unowned self] in if self.clock.disarm(self) { fire() } }
+        target.call = { [unowned self] in if self.clock.disarm(self) { fire() } }
       }
     }
 

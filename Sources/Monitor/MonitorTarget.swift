@@ -6,6 +6,10 @@ public protocol MonitorTarget: AnyObject, Sendable {
   var virtualCPUs: [MonitorVCPU] { get }
   /// Exits since the start by reason, in a stable order.
   var exitCounts: [ExitCount] { get }
+  /// The views of the machine's memory; nil where it is not hardened.
+  var views: MonitorViews? { get }
+  /// Gives whole pages other rights (`rwx`, `r--`) in every view of a hardened machine; `name` is what the audit calls them.
+  func protect(_ name: String, start: UInt64, size: UInt64, rights: String) throws(MonitorError)
   /// Whether the accelerator is KVM.
   var usesKVM: Bool { get }
 

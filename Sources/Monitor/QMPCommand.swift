@@ -43,8 +43,11 @@ public struct QMPCommand: Sendable {
 }
 
 extension QMPCommand {
-  /// The catalogue: a command is one entry.
-  public static let standard: [QMPCommand] = [
+  /// The catalogue.
+  public static let standard = general + views
+
+  /// What every machine has: a command is one entry.
+  private static let general: [QMPCommand] = [
     QMPCommand(negotiation, [.optional("enable", .array(.enumeration("QMPCapability", values: ["oob"])))]) {
       _, arguments throws(MonitorError) in
       if let name = arguments["enable"]?.arrayValue?.first?.stringValue { throw .capability(name) }

@@ -1,28 +1,33 @@
 import Accelerator
 import DeviceModel
+import GuestMemory
 import Host
+import LoaderHardening
 import Machine
+import MemoryViews
 import Monitor
 
 /// A machine as the control socket sees it.
 final class MachineMonitor: MonitorTarget {
   private let machine: Machine
+  private let hardening: LoaderHardening?
   let usesKVM: Bool
 
-  init(_ machine: Machine, engine: String) {
+  init(_ machine: Machine, engine: String, hardening: LoaderHardening?) {
     self.machine = machine
+    self.hardening = hardening
     usesKVM = engine == "kvm"
   }
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
-  static func serve(_ machine: Machine, engine: String, disks: DiskControl?, on text: String) throws(Failure)
-    -> MonitorServer
-  {
+  static func serve(
+    _ machine: Machine, engine: String, disks: DiskControl?, hardening: LoaderHardening?, on text: String
+  ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
       let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) } ?? [])
-      let target = MachineMonitor(machine, engine: engine)
+      let target = MachineMonitor(machine, engine: engine, hardening: hardening)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
         line in
         printError("swiftvmm: \(line)")
@@ -68,6 +73,32 @@ final class MachineMonitor: MonitorTarget {
     ExitCounters.Reason.allCases.map { reason in
       ExitCount(reason: reason.name, count: machine.counters.reduce(0) { $0 + $1[reason] })
     }
+  }
+
+  var views: MonitorViews? {
+    guard let hardening else { return nil }
+    let views = hardening.views.map { view in
+      MonitorViews.View(
+        name: view.name, number: view.number, rights: "\(view.rights)",
+        ranges: view.ranges.map { ($0.range.start.rawValue, $0.range.size, "\($0.entry.rights)") })
+    }
+    let vcpus = hardening.visits.map {
+      MonitorViews.VCPU(
+        index: $0.vcpu, view: $0.isInside ? "loader" : "kernel", switches: $0.entries, denials: $0.denials)
+    }
+    return MonitorViews(isLocked: hardening.isLocked, views: views, vcpus: vcpus)
+  }
+
+  func protect(_ name: String, start: UInt64, size: UInt64, rights text: String) throws(MonitorError) {
+    guard let hardening else { throw .refused("the machine runs without --harden") }
+    guard let rights = PageRights(text) else { throw .parameterValue("rights", value: text) }
+    guard (start | size) & 0xfff == 0, size > 0,
+      let range = GuestRange(start: GuestPhysicalAddress(start), size: size),
+      machine.memory.regions.contains(where: {
+        $0.range.contains(range.start) && start + size - $0.range.start.rawValue <= $0.range.size
+      })
+    else { throw .refused("the range is not whole pages of one piece of RAM") }
+    do { try hardening.protect(name, range, rights) } catch { throw .refused("\(error)") }
   }
 
   func pause() { machine.pause() }

@@ -62,6 +62,9 @@ struct RunSession {
     configuration.supervisor = hardening?.supervisor
     accelerator = try options.engine.open(
       softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic)
+    if hardening?.supervisor.policy.pins.isEmpty == false, !accelerator.capabilities.contains(.registerPinning) {
+      throw .needsSoftEngine(option: "--harden with pinned registers")
+    }
     traces = try subjects.map { subject, path throws(Failure) in try Self.openTrace(subject, path) }
     configuration.traces = traces
     if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
@@ -82,7 +85,8 @@ struct RunSession {
     defer { withExtendedLifetime(signals) {} }
     let control = disks.map { DiskControl(machine, $0) }
     let monitor = try options.control.map { text throws(Failure) in
-      try MachineMonitor.serve(machine, engine: accelerator.name, disks: control, on: text)
+      try MachineMonitor.serve(
+        machine, engine: accelerator.name, disks: control, hardening: hardening?.supervisor, on: text)
     }
     // Its commands use the disks.
     defer { monitor?.close() }

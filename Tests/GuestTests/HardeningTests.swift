@@ -6,7 +6,7 @@ private let why: Comment = "needs the release build and scripts/build-guests"
 /// The guest `loader` with and without `--harden`: by one body on every engine that has views.
 @Suite(.enabled(if: VMM.isBuilt, why), .serialized)
 struct HardeningTests {
-  static let engines = ["soft"]
+  static let engines = VMM.hasKVM ? ["soft", "kvm"] : ["soft"]
 
   /// Signed modules, a policy with their key, and where audits go.
   private final class Workshop {
@@ -16,6 +16,7 @@ struct HardeningTests {
     var audit: String { folder.path + "/audit.jsonl" }
 
     init(_ more: String = "") throws {
+      if !VMM.hasKVM { print("HardeningTests: on the software engine alone: there is no /dev/kvm") }
       folder = try TemporaryFolder()
       let made = try VMM.run("harden", "keygen", folder.path + "/key")
       #expect(made.status == 0, "\(made.errors)")
@@ -164,7 +165,7 @@ struct HardeningTests {
   func tenThousandLoads(_ engine: String) throws {
     let shop = try Workshop()
     let modules = try ["counter", "greeter", "sums"].map { try shop.signed($0) }
-    let count = engine == "soft" ? 10_000 : 200
+    let count = engine == "soft" ? 10_000 : 100
     let result = try shop.run(engine, cpus: 1, hardened: true, modules: modules, "cycles=\(count)")
     #expect(result.status == 0, "\(result.output.suffix(300)) \(result.errors)")
     #expect(result.output.contains("cycles: \(count)"))

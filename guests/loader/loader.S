@@ -92,22 +92,15 @@ try_call_failed:
   popq %rbx
   ret
 try_recovery:
+  // An engine may tell of an access after its instruction.
   xorl %eax, %eax
   leaq try_store64(%rip), %rcx
   cmpq %rcx, %rdi
-  je 1f
-  leaq try_load64(%rip), %rcx
+  jb 1f
+  leaq try_failed(%rip), %rcx
   cmpq %rcx, %rdi
-  je 1f
-  leaq try_write_cr0(%rip), %rcx
-  cmpq %rcx, %rdi
-  je 1f
-  leaq try_lidt(%rip), %rcx
-  cmpq %rcx, %rdi
-  jne 2f
+  cmovb %rcx, %rax
 1:
-  leaq try_failed(%rip), %rax
-2:
   ret
 
   .data

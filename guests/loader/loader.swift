@@ -86,6 +86,8 @@ enum Kernel {
     call(HARDEN_SET, text, textEnd - text, 2, 1)
     call(HARDEN_SET, start, middle - start, 2, 5)
     call(HARDEN_SET, middle, end - middle, 2, 3)
+    // Engines that know no execute permission obey what is said of a page, not what holds for all the rest.
+    call(HARDEN_SET, data, 4096, 1, 3)
     call(HARDEN_REGISTER, start, end - start, start, 0)
     call(HARDEN_ENTRY, loader_entry_address(), 0, 0, 0)
     call(HARDEN_EXIT, loader_exit_address(), 0, 0, 0)
