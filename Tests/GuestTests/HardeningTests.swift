@@ -112,10 +112,12 @@ struct HardeningTests {
   @Test(arguments: engines, ["hold", "resume"])
   func anInterruptDoesNotSteerTheLoader(_ engine: String, _ rule: String) throws {
     let shop = try Workshop(#", "interrupts": {"rule": "\#(rule)", "bound-ms": 10000}"#)
+    // Longer than the timer's time on either engine, and shorter than the bound.
+    let append = "attack=interrupt wait=\(engine == "soft" ? 3_000_000 : 100_000)"
     for cpus in [1, 2] {
-      let free = try shop.run(engine, cpus: cpus, hardened: false, modules: [], "attack=interrupt")
+      let free = try shop.run(engine, cpus: cpus, hardened: false, modules: [], append)
       #expect(free.output.contains("attack interrupt: succeeded"), "\(free.output) \(free.errors)")
-      let result = try shop.run(engine, cpus: cpus, hardened: true, modules: [], "attack=interrupt")
+      let result = try shop.run(engine, cpus: cpus, hardened: true, modules: [], append)
       #expect(result.output.contains("attack interrupt: blocked"), "\(result.output) \(result.errors)")
       #expect(result.output.contains("interrupts: 1, \(rule == "hold" ? 0 : 1) in the loader"), "\(result.output)")
       #expect(try shop.events("suspend").count == (rule == "hold" ? 0 : 1))

@@ -154,7 +154,7 @@ enum Attacks {
     set_interrupt_stack(guest_allocate(16384, 4096) + 16384, 0x60)
     LocalAPIC.startTimer(.oneShot, vector: 0x60, count: 20_000)
     sti()
-    let result = try_call(loader_call_address(), LOADER_WAIT, 3_000_000)
+    let result = try_call(loader_call_address(), LOADER_WAIT, StartInfo.number("wait", default: 3_000_000))
     cli()
     wait("the interrupt") {
       sti()
