@@ -116,6 +116,7 @@ final class RunDisks {
     graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
       let disk = try option.parse(number: number)
+      if graph.disks[disk.name] != nil { throw .machine(.diskName(disk.name)) }
       do throws(BlockError) {
         var image = BlockGraph.Options(path: disk.path, format: disk.format, access: disk.access)
         image.isImplicit = true
