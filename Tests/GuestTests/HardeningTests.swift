@@ -113,7 +113,7 @@ struct HardeningTests {
   func anInterruptDoesNotSteerTheLoader(_ engine: String, _ rule: String) throws {
     let shop = try Workshop(#", "interrupts": {"rule": "\#(rule)", "bound-ms": 10000}"#)
     // Longer than the timer's time on either engine, and shorter than the bound.
-    let append = "attack=interrupt wait=\(engine == "soft" ? 3_000_000 : 100_000)"
+    let append = "attack=interrupt \(engine == "soft" ? "wait=3000000" : "wait=100000 timer=5000000")"
     for cpus in [1, 2] {
       let free = try shop.run(engine, cpus: cpus, hardened: false, modules: [], append)
       #expect(free.output.contains("attack interrupt: succeeded"), "\(free.output) \(free.errors)")

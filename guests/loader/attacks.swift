@@ -152,7 +152,9 @@ enum Attacks {
     }
     // The handler has a stack of its own: the loader's is not for the kernel to touch.
     set_interrupt_stack(guest_allocate(16384, 4096) + 16384, 0x60)
-    LocalAPIC.startTimer(.oneShot, vector: 0x60, count: 20_000)
+    // Later than the way into the loader takes, which is long where ring 0 is emulated.
+    let count = UInt32(truncatingIfNeeded: StartInfo.number("timer", default: 20_000))
+    LocalAPIC.startTimer(.oneShot, vector: 0x60, count: count)
     sti()
     let result = try_call(loader_call_address(), LOADER_WAIT, StartInfo.number("wait", default: 3_000_000))
     cli()
