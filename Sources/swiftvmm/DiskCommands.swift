@@ -181,41 +181,74 @@ enum DiskCommands {
     let data: JSONObject
   }
 
-  /// What is done while the disks are held.
+  /// What is done while the disks are held, and how it is undone.
   private struct Step {
-    let body: () throws(BlockError) -> Void
-    init(_ body: @escaping () throws(BlockError) -> Void) { self.body = body }
+    let body: () throws(BlockError) -> (() -> Void)
+    init(_ body: @escaping () throws(BlockError) -> (() -> Void)) { self.body = body }
+  }
 
-    func run() -> BlockError? {
-      do throws(BlockError) { try body() } catch { return error }
-      return nil
+  /// Does all steps, or none.
+  private static func run(_ steps: [Step]) -> (error: BlockError?, undo: () -> Void) {
+    var undos: [() -> Void] = []
+    let undo = { for undo in undos.reversed() { undo() } }
+    do throws(BlockError) {
+      for step in steps { undos.append(try step.body()) }
+    } catch {
+      undo()
+      return (error, {})
     }
+    return (nil, undo)
+  }
+
+  /// Makes the files of new overlays, while the disks' thread goes on.
+  private static func makeFiles(
+    _ actions: [Action], _ control: DiskControl
+  ) throws(MonitorError) -> [Int: BlockGraph.OverlayHeader] {
+    var headers: [Int: BlockGraph.OverlayHeader] = [:]
+    for (index, action) in actions.enumerated() {
+      guard action.type == "blockdev-snapshot-sync", action.data["mode"]?.stringValue != "existing" else { continue }
+      let name = try action.data.disk()
+      let path = action.data.text("snapshot-file")
+      let header = try control.run { graph throws(BlockError) in try graph.overlayHeader(of: graph.disk(name)) }
+      do throws(BlockError) {
+        try BlockGraph.makeOverlayFile(path, header, queue: control.disks.thread.queue)
+      } catch {
+        throw .refused("\(error)")
+      }
+      headers[index] = header
+    }
+    return headers
   }
 
   /// Carries out actions at one instant: what can fail is done first, then every disk is held, then all is done.
   @discardableResult
   private static func transact(_ actions: [Action], _ control: DiskControl) throws(MonitorError) -> JSONValue {
+    let headers = actions.contains { $0.type == "abort" } ? [:] : try makeFiles(actions, control)
     try control.wait { graph, done in
       var overlays: [BlockGraph.Overlay] = []
       var steps: [Step] = []
       var disks: [LiveDisk] = []
       do throws(BlockError) {
-        for action in actions {
+        for (index, action) in actions.enumerated() {
           let data = action.data
           switch action.type {
           case "abort": throw .aborted
           case "blockdev-snapshot-sync":
             let disk = try graph.disk(data["node-name"]?.stringValue ?? data.text("device"))
             overlays.append(
-              try graph.makeOverlay(
+              try graph.openOverlay(
                 of: disk, path: data.text("snapshot-file"), name: data["snapshot-node-name"]?.stringValue,
-                isExisting: data["mode"]?.stringValue == "existing"))
+                madeFrom: headers[index]))
           case "blockdev-snapshot":
             overlays.append((try graph.disk(data.text("node")), try graph.node(data.text("overlay"))))
           case "blockdev-backup":
             let disk = try graph.disk(data.text("device"))
             disks.append(disk)
-            steps.append(Step { () throws(BlockError) in try JobCommands.startBackup(data, graph) })
+            steps.append(
+              Step { () throws(BlockError) in
+                let job = try JobCommands.startBackup(data, graph)
+                return { job.cancel() }
+              })
           default:
             let node = try graph.node(data.text("node"))
             disks += graph.disks.values.filter { $0.top === node }
@@ -224,19 +257,26 @@ enum DiskCommands {
         }
         try graph.check(overlays)
       } catch {
-        for overlay in overlays where overlay.layer.users == 0 && overlay.layer.isImplicit {
-          try? graph.close(overlay.layer)
-        }
+        discard(overlays, graph)
         return done(error)
       }
       let held = disks + overlays.map(\.disk)
       var waiting = held.count
       let act = {
-        var failure: BlockError?
-        for step in steps where failure == nil { failure = step.run() }
-        if failure == nil { graph.snapshot(overlays) { failure = $0 } }
+        let (failure, undo) = run(steps)
+        if let failure {
+          discard(overlays, graph)
+          done(failure)
+        } else {
+          graph.snapshot(overlays) { error in
+            if error != nil {
+              undo()
+              discard(overlays, graph)
+            }
+            done(error)
+          }
+        }
         for disk in held { disk.release() }
-        done(failure)
       }
       if held.isEmpty { return act() }
       for disk in held {
@@ -247,6 +287,11 @@ enum DiskCommands {
       }
     }
     return [:]
+  }
+
+  /// Closes overlays that were opened for a transaction that has failed.
+  private static func discard(_ overlays: [BlockGraph.Overlay], _ graph: BlockGraph) {
+    for overlay in overlays { graph.drop(overlay.layer) }
   }
 
   // MARK: Bitmaps
@@ -276,42 +321,36 @@ enum DiskCommands {
     _ type: String, _ data: JSONObject, _ node: LiveNode, _ graph: BlockGraph
   ) throws(BlockError) -> Step {
     let name = data.text("name")
-    switch type {
-    case "block-dirty-bitmap-add":
-      let granularity = data["granularity"]?.unsignedValue ?? 65536
-      let isPersistent = data["persistent"]?.boolValue ?? false
-      let isDisabled = data["disabled"]?.boolValue ?? false
-      return Step { () throws(BlockError) in
-        try node.addBitmap(name, granularity: granularity, isPersistent: isPersistent)
-        if isDisabled { try node.setRecording(name, false) }
+    var sources: [(node: LiveNode, name: String)] = []
+    for source in data["bitmaps"]?.arrayValue ?? [] {
+      if let name = source.stringValue {
+        sources.append((node, name))
+      } else {
+        let source = source.objectValue ?? [:]
+        sources.append((try graph.node(source.text("node")), source.text("name")))
       }
-    case "block-dirty-bitmap-merge":
-      let target = data.text("target")
-      _ = try node.dirtyBitmap(target)
-      var sources: [(LiveNode, String)] = []
-      for source in data["bitmaps"]?.arrayValue ?? [] {
-        if let name = source.stringValue {
-          sources.append((node, name))
-        } else {
-          let source = source.objectValue ?? [:]
-          sources.append((try graph.node(source.text("node")), source.text("name")))
-        }
-      }
-      for (node, name) in sources { _ = try node.dirtyBitmap(name) }
-      return Step { () throws(BlockError) in
-        for (other, name) in sources { try node.mergeBitmap(target, other.dirtyBitmap(name)) }
-      }
-    case "block-dirty-bitmap-remove":
-      return Step { () throws(BlockError) in try node.removeBitmap(name) }
-    default:
-      _ = try node.dirtyBitmap(name)
-      return Step { () throws(BlockError) in
+    }
+    return Step { () throws(BlockError) in
+      let undo = node.rememberBitmaps()
+      do throws(BlockError) {
         switch type {
+        case "block-dirty-bitmap-add":
+          try node.addBitmap(
+            name, granularity: data["granularity"]?.unsignedValue, isPersistent: data["persistent"]?.boolValue ?? false)
+          if data["disabled"]?.boolValue == true { try node.setRecording(name, false) }
+        case "block-dirty-bitmap-remove": try node.removeBitmap(name)
+        case "block-dirty-bitmap-merge":
+          let target = data.text("target")
+          for source in sources { try node.mergeBitmap(target, source.node.dirtyBitmap(source.name)) }
         case "block-dirty-bitmap-enable": try node.setRecording(name, true)
         case "block-dirty-bitmap-disable": try node.setRecording(name, false)
         default: try node.clearBitmap(name)
         }
+      } catch {
+        undo()
+        throw error
       }
+      return undo
     }
   }
 }

@@ -61,9 +61,10 @@ enum JobCommands {
     ]
   }
 
-  static func startBackup(_ arguments: JSONObject, _ graph: BlockGraph) throws(BlockError) {
+  @discardableResult
+  static func startBackup(_ arguments: JSONObject, _ graph: BlockGraph) throws(BlockError) -> LiveJob {
     let disk = try graph.disk(arguments.text("device"))
-    try graph.backup(
+    return try graph.backup(
       id(arguments, disk), disk, to: graph.node(arguments.text("target")), mode: arguments.text("sync"),
       bitmap: arguments["bitmap"]?.stringValue, configure: configure(arguments))
   }

@@ -182,15 +182,18 @@ public final class BlockGraph {
   }
 
   /// Copies a disk as it is now (`blockdev-backup`); `mode` in QEMU's words: full, top, none, incremental.
+  @discardableResult
   public func backup(
     _ id: String, _ disk: LiveDisk, to target: LiveNode, mode: String, bitmap: String?,
     configure: (LiveJob) -> Void = { _ in }
-  ) throws(BlockError) {
+  ) throws(BlockError) -> LiveJob {
     try requireJob(id, on: disk)
     guard let mode = BackupJob.Mode(rawValue: mode == "bitmap" ? "incremental" : mode) else {
       throw .invalid(what: "sync", value: mode, expected: "full, top, none or incremental")
     }
-    begin(try BackupJob(id, disk, to: target, mode: mode, bitmap: bitmap, graph: self), configure)
+    let job = try BackupJob(id, disk, to: target, mode: mode, bitmap: bitmap, graph: self)
+    begin(job, configure)
+    return job
   }
 
   private func requireJob(_ id: String, on disk: LiveDisk) throws(BlockError) {
@@ -236,26 +239,47 @@ public final class BlockGraph {
   /// A disk, and the layer that is to be its next top one.
   public typealias Overlay = (disk: LiveDisk, layer: LiveNode)
 
-  /// Makes a qcow2 image that names a disk's top layer as its backing file, and opens it without.
-  public func makeOverlay(
-    of disk: LiveDisk, path: String, name: String?, isExisting: Bool = false
+  /// What a new overlay's file says: a disk's size and top layer.
+  public struct OverlayHeader: Sendable {
+    let size: UInt64
+    let backing: (path: String, format: ImageFormat)
+  }
+
+  /// What a file for an overlay of the disk has to say now.
+  public func overlayHeader(of disk: LiveDisk) throws(BlockError) -> OverlayHeader {
+    OverlayHeader(size: disk.size, backing: (disk.top.path, disk.top.format))
+  }
+
+  /// Makes an overlay's file and makes it durable: on any thread, so that the disks' own goes on meanwhile.
+  public static func makeOverlayFile(
+    _ path: String, _ header: OverlayHeader, queue: any IOQueue
+  ) throws(BlockError) {
+    var options = Qcow2CreateOptions(size: header.size)
+    options.backingName = reference(to: header.backing.path, from: path)
+    options.backingFormat = header.backing.format.rawValue
+    try HostFile.create(path)
+    let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+    defer { file.close() }
+    try Qcow2Image.create(options, in: file)
+  }
+
+  /// Opens an overlay's file, which was made for a disk's top layer or has existed before, without what is below it.
+  public func openOverlay(
+    of disk: LiveDisk, path: String, name: String?, madeFrom header: OverlayHeader? = nil
   ) throws(BlockError) -> Overlay {
     if let name { try requireFree(name) }
-    if !isExisting {
-      var options = Qcow2CreateOptions(size: disk.size)
-      options.backingName = Self.reference(to: disk.top.path, from: path)
-      options.backingFormat = disk.top.format.rawValue
-      try HostFile.create(path)
-      let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
-      defer { file.close() }
-      try Qcow2Image.create(options, in: file)
-    }
+    let isExisting = header == nil
     var options = Options(path: path, format: .qcow2, access: FileAccess(writable: true))
     options.access.direct = disk.top.access.direct
     options.name = name
     options.backing = .none
     options.isImplicit = !isExisting
-    return (disk, try open(options))
+    let layer = try open(options)
+    if let header, header.backing.path != disk.top.path {
+      // A job has ended since.
+      try layer.qcow2?.setBacking(name: Self.reference(to: disk.top.path, from: path), format: disk.top.format.rawValue)
+    }
+    return (disk, layer)
   }
 
   /// Puts layers on top of their disks, all at one instant: no request is under way on any of them then. The layers below
@@ -275,8 +299,14 @@ public final class BlockGraph {
           disk.replaceTop(layer)
         }
         for (disk, _) in overlays { disk.release() }
-        then(nil)
-        for (overlay, layer) in zip(overlays, old) { retire(layer, of: overlay.disk) }
+        var retiring = overlays.count
+        for (overlay, layer) in zip(overlays, old) {
+          retire(layer, of: overlay.disk) {
+            retiring -= 1
+            // Nobody is told before, so that what comes next does not meet it on its way.
+            if retiring == 0 { then(nil) }
+          }
+        }
       }
     }
   }
@@ -293,13 +323,24 @@ public final class BlockGraph {
   }
 
   /// What is no top layer any more is made durable and lets others read it. Where that fails, the disk's next flush tries again.
-  private func retire(_ layer: LiveNode, of disk: LiveDisk) {
-    guard !layer.node.isReadOnly else { return }
+  private func retire(_ layer: LiveNode, of disk: LiveDisk, then: @escaping () -> Void) {
+    guard !layer.node.isReadOnly else { return then() }
+    flush(layer, times: 2) { error in
+      if error != nil { return then() }
+      // Reads of the guest's under way would keep clusters from being freed while the image can still say so.
+      disk.hold {
+        if (try? layer.setWritable(false)) != nil { disk.forget(layer) }
+        disk.release()
+        then()
+      }
+    }
+  }
+
+  /// What a flush frees, the next one makes durable.
+  private func flush(_ layer: LiveNode, times: Int, then: @escaping (BlockError?) -> Void) {
     layer.node.submit(
-      BlockRequest(.flush) { error in
-        guard error == nil, disk.top !== layer else { return }
-        do throws(BlockError) { try layer.setWritable(false) } catch { return }
-        disk.forget(layer)
+      BlockRequest(.flush) { [self] error in
+        if error != nil || times == 1 { then(error) } else { flush(layer, times: times - 1, then: then) }
       })
   }
 

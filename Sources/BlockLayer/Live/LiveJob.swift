@@ -93,7 +93,7 @@ public class LiveJob {
   var waitsForComplete: Bool { false }
   /// Everything has been moved: changes the layers, and calls `then`.
   func conclude(then: @escaping (BlockError?) -> Void) { then(nil) }
-  /// The job is over, however it ended: guards and claims end.
+  /// The job is over, however it ended: guards and claims end. The disk is held.
   func didEnd(succeeded: Bool) {}
 
   // MARK: Life
@@ -220,13 +220,17 @@ public class LiveJob {
     timer?.cancel()
     let succeeded = error == nil && !isCancelled
     if !succeeded { set(.aborting) }
-    didEnd(succeeded: succeeded)
-    graph.onJob(self, isCancelled && error == nil ? .cancelled : .completed(error))
-    buffers = []
-    set(.concluded)
-    if !staysConcluded {
-      set(.null)
-      graph.remove(self)
+    // Reads of the guest's under way would keep a layer from being for reading only again.
+    disk.hold { [self] in
+      didEnd(succeeded: succeeded)
+      disk.release()
+      graph.onJob(self, isCancelled && error == nil ? .cancelled : .completed(error))
+      buffers = []
+      set(.concluded)
+      if !staysConcluded {
+        set(.null)
+        graph.remove(self)
+      }
     }
   }
 

@@ -107,8 +107,19 @@ public final class LiveNode {
     return index
   }
 
-  /// Adds a bitmap that records from now on.
-  public func addBitmap(_ name: String, granularity: UInt64, isPersistent: Bool) throws(BlockError) {
+  /// What puts all bitmaps back as they are now. No write may come between.
+  public func rememberBitmaps() -> () -> Void {
+    let others = bitmaps.map { DirtyBitmap($0) }
+    let kept = qcow2.map { ($0.bitmapStore.all, $0.removedBitmaps) }
+    return { [self] in
+      bitmaps = others
+      if let kept, let qcow2 { (qcow2.bitmapStore.all, qcow2.removedBitmaps) = kept }
+    }
+  }
+
+  /// Adds a bitmap that records from now on; without a granularity, that of the image's clusters, as QEMU's.
+  public func addBitmap(_ name: String, granularity: UInt64? = nil, isPersistent: Bool) throws(BlockError) {
+    let granularity = granularity ?? qcow2.map { min(max($0.clusterSize, 4096), 65536) } ?? 65536
     guard granularity.nonzeroBitCount == 1, (512...(1 << 31)).contains(granularity) else {
       throw .invalid(what: "granularity", value: "\(granularity)", expected: "a power of two from 512 to 2147483648")
     }
@@ -199,7 +210,10 @@ public final class DirtyBitmap {
 
   /// A copy.
   init(_ other: DirtyBitmap) {
-    (name, granularity, size, words, count) = (other.name, other.granularity, other.size, other.words, other.count)
+    (name, granularity, size, words, count) = (
+      other.name, other.granularity, other.size, other.words, other.count
+    )
+    isRecording = other.isRecording
   }
 
   /// Bits as a qcow2 image has them.
