@@ -55,7 +55,7 @@ enum JobCommands {
         return [:]
       },
       QMPCommand("blockdev-backup", backup) { _, arguments throws(MonitorError) in
-        try control.run { graph throws(BlockError) in try startBackup(arguments, graph) }
+        try control.run { graph throws(BlockError) in _ = try startBackup(arguments, graph) }
         return [:]
       },
     ]

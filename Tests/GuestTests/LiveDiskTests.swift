@@ -96,6 +96,48 @@ struct LiveDiskTests {
     for images in chain.dropLast() { try verify(images) }
   }
 
+  /// A transaction does everything or nothing: what its earlier actions did is undone, and no file of it stays open.
+  @Test func transactionsThatFailAreUndone() throws {
+    let folder = try TemporaryFolder()
+    let images = [try image(folder, "a"), try image(folder, "b")]
+    let machine = try writer("soft", images)
+    func bitmap(_ type: String, _ disk: Int, _ name: String) -> [String: Any] {
+      ["type": type, "data": ["node": "d\(disk)", "name": name]]
+    }
+    func snapshot(_ disk: Int) -> [String: Any] {
+      ["type": "blockdev-snapshot-sync", "data": ["device": "d\(disk)", "snapshot-file": "\(folder.path)/s\(disk)"]]
+    }
+    func bitmaps(_ disk: Int) throws -> [String: Any] {
+      let blocks = try #require(try machine.execute("query-block") as? [[String: Any]])
+      let inserted = try #require(blocks[disk]["inserted"] as? [String: Any])
+      let all = inserted["dirty-bitmaps"] as? [[String: Any]] ?? []
+      return Dictionary(uniqueKeysWithValues: all.map { ($0["name"] as? String ?? "", $0["count"] ?? 0) })
+    }
+    try machine.execute("block-dirty-bitmap-add", ["node": "d0", "name": "kept"])
+    goesOn(machine)
+    let before = try bitmaps(0)
+    #expect((before["kept"] as? Int ?? 0) > 0)
+    let failing: [[[String: Any]]] = [
+      [bitmap("block-dirty-bitmap-clear", 0, "kept"), bitmap("block-dirty-bitmap-remove", 1, "nothing")],
+      [bitmap("block-dirty-bitmap-remove", 0, "kept"), snapshot(0), bitmap("block-dirty-bitmap-clear", 1, "nothing")],
+      [bitmap("block-dirty-bitmap-add", 1, "new"), snapshot(1), bitmap("block-dirty-bitmap-add", 1, "new")],
+      [snapshot(0), snapshot(1), ["type": "abort", "data": [:] as [String: Any]]],
+    ]
+    for actions in failing {
+      let message = try machine.refusal("transaction", ["actions": actions])
+      #expect(!message.hasPrefix("not refused"))
+    }
+    #expect(try (bitmaps(0)["kept"] as? Int ?? 0) >= (before["kept"] as? Int ?? 0))
+    #expect(try bitmaps(1).isEmpty)
+    #expect(try depth(machine, 0) == 0)
+    #expect(try depth(machine, 1) == 0)
+    // The overlays' files are free again.
+    try machine.execute("transaction", ["actions": [snapshot(0), snapshot(1)]])
+    goesOn(machine)
+    let text = try end(machine)
+    try verify(["\(folder.path)/s0", "\(folder.path)/s1"], flushed: text)
+  }
+
   @Test(arguments: engines)
   func layersAreMergedUnderTheWriter(engine: String) throws {
     let folder = try TemporaryFolder()

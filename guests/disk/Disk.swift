@@ -21,8 +21,12 @@ final class Disk {
   private var work: [(record: UInt64, step: Step)] = []
   private var free: [UInt16] = []
   private(set) var underWay = 0
+  /// When each slot's request began, by the PM timer; empty where times are not asked for.
+  private var begun: [UInt32] = []
+  /// The longest request's time, in ticks of the PM timer.
+  private var slowest: UInt32 = 0
 
-  init(_ number: Int, _ device: VirtioBlock, _ records: Records) {
+  init(_ number: Int, _ device: VirtioBlock, _ records: Records, isTimed: Bool) {
     self.number = number
     self.device = device
     self.records = records
@@ -31,6 +35,13 @@ final class Disk {
       work.append((0, .flush))
       free.append(device.depth - 1 - slot)
     }
+    if isTimed { begun = Array(repeating: 0, count: Int(device.depth)) }
+  }
+
+  /// The longest request's microseconds since the last call.
+  func takeSlowest() -> UInt64 {
+    defer { slowest = 0 }
+    return UInt64(slowest) * 1_000_000 / PMTimer.frequency
   }
 
   var isFull: Bool { free.isEmpty }
@@ -39,6 +50,7 @@ final class Disk {
     let slot = free.removeLast()
     underWay += 1
     work[Int(slot)] = (record, step)
+    if !begun.isEmpty { begun[Int(slot)] = PMTimer.read() }
     switch step {
     case .write(let generation): write(slot, record, generation)
     case .replace, .scan:
@@ -67,6 +79,7 @@ final class Disk {
         Power.fail()
       }
       if !goesOn(completion.slot, record, step) {
+        if !begun.isEmpty { slowest = max(slowest, (PMTimer.read() &- begun[Int(completion.slot)]) & 0xff_ffff) }
         free.append(completion.slot)
         underWay -= 1
       }

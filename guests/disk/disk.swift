@@ -38,6 +38,8 @@ private final class DiskTest {
   private let flush: UInt64
   /// Records a second; 0 for as many as there can be.
   private let rate = StartInfo.number("rate", default: 0)
+  /// Whether the longest request is told after each flush.
+  private let isTimed = StartInfo.number("timed", default: 0) != 0
   private let passes = StartInfo.number("passes", default: 1)
   private var watch = Stopwatch()
   private var paced: UInt64 = 0
@@ -76,7 +78,7 @@ private final class DiskTest {
     let device = VirtioBlock(function, options)
     say("disk \(disks.count): \(device.sectors) sectors, \(device.isPacked ? "packed" : "split") queue")
     expect("sectors for all records", device.sectors >= records.count * records.sectors)
-    disks.append(Disk(disks.count, device, records))
+    disks.append(Disk(disks.count, device, records, isTimed: isTimed))
   }
 
   /// Whether an option has its second value; any third one ends the guest.
@@ -174,6 +176,7 @@ private final class DiskTest {
       }
       finish()
       say("flushed \(last) generation \(generation)")
+      if isTimed { for disk in disks { say("slowest \(disk.takeSlowest()) us") } }
       first = last + 1
     }
   }

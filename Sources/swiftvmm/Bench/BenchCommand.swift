@@ -7,7 +7,8 @@ struct BenchCommand: ParsableCommand {
     abstract: "Run benchmarks, each beside a peer in the same run where the peer is installed.",
     discussion: "Example: swiftvmm bench start exits --json")
 
-  @Argument(help: "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views; all of them without a name.")
+  @Argument(
+    help: "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot; all of them without a name.")
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -35,7 +36,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk, nbd, views
+  case disk, nbd, views, snapshot
   case diskRequests = "disk-requests"
 
   var title: String {
@@ -47,6 +48,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .disk: "disk: whole commands on images of 1 GiB of data, all allocated"
     case .nbd: "nbd: a whole disk read by nbdcopy over a unix socket"
     case .diskRequests: "disk-requests: thousand requests of 4 KiB a second all over 1 GiB, without the host's cache"
+    case .snapshot: "snapshot: live snapshots of a 4 GiB qcow2 disk"
     case .views: "views: changes of view and of rights"
     }
   }
@@ -60,6 +62,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .disk: try DiskBenchmark(runs: runs).measure()
     case .nbd: try NBDBenchmark(runs: runs).measure()
     case .diskRequests: try DiskRequestsBenchmark(runs: runs).measure()
+    case .snapshot: try SnapshotBenchmark(runs: runs).measure()
     case .views: try ViewsBenchmark(runs: runs).measure()
     }
   }
