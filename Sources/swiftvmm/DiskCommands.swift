@@ -223,7 +223,8 @@ enum DiskCommands {
   /// Carries out actions at one instant: what can fail is done first, then every disk is held, then all is done.
   @discardableResult
   private static func transact(_ actions: [Action], _ control: DiskControl) throws(MonitorError) -> JSONValue {
-    let headers = actions.contains { $0.type == "abort" } ? [:] : try makeFiles(actions, control)
+    if actions.contains(where: { $0.type == "abort" }) { throw .refused("\(BlockError.aborted)") }
+    let headers = try makeFiles(actions, control)
     try control.wait { graph, done in
       var overlays: [BlockGraph.Overlay] = []
       var steps: [Step] = []
@@ -232,7 +233,6 @@ enum DiskCommands {
         for (index, action) in actions.enumerated() {
           let data = action.data
           switch action.type {
-          case "abort": throw .aborted
           case "blockdev-snapshot-sync":
             let disk = try graph.disk(data["node-name"]?.stringValue ?? data.text("device"))
             overlays.append(

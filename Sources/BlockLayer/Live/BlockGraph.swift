@@ -268,12 +268,11 @@ public final class BlockGraph {
     of disk: LiveDisk, path: String, name: String?, madeFrom header: OverlayHeader? = nil
   ) throws(BlockError) -> Overlay {
     if let name { try requireFree(name) }
-    let isExisting = header == nil
     var options = Options(path: path, format: .qcow2, access: FileAccess(writable: true))
     options.access.direct = disk.top.access.direct
     options.name = name
     options.backing = .none
-    options.isImplicit = !isExisting
+    options.isImplicit = true
     let layer = try open(options)
     if let header, header.backing.path != disk.top.path {
       // A job has ended since.
