@@ -3,7 +3,7 @@ import Glibc
 
 /// The fuzzer's input as a file, which may be read and written and takes no room beyond a bound.
 final class MemoryFile: BlockFile {
-  static let limit = 8 << 20
+  static let limit = 1 << 20
   let path = "input"
   let isReadOnly: Bool
   var bytes: [UInt8]
@@ -34,8 +34,9 @@ final class MemoryFile: BlockFile {
 
   func read(at offset: UInt64, into target: UnsafeMutableRawBufferPointer) throws(BlockError) {
     let available = offset < length ? min(target.count, Int(length - offset)) : 0
-    for index in 0..<available { target[index] = bytes[Int(offset) + index] }
-    for index in available..<max(available, target.count) { target[index] = 0 }
+    guard let start = target.baseAddress else { return }
+    bytes.withUnsafeBytes { if available > 0, let from = $0.baseAddress { memcpy(start, from + Int(offset), available) } }
+    memset(start + available, 0, target.count - available)
   }
 
   func write(at offset: UInt64, from source: UnsafeRawBufferPointer) throws(BlockError) {
@@ -44,7 +45,8 @@ final class MemoryFile: BlockFile {
     }
     let end = Int(offset) + source.count
     if end > bytes.count { bytes += [UInt8](repeating: 0, count: end - bytes.count) }
-    for index in 0..<source.count { bytes[Int(offset) + index] = source[index] }
+    guard let start = source.baseAddress else { return }
+    bytes.withUnsafeMutableBytes { memcpy($0.baseAddress! + Int(offset), start, source.count) }
   }
 
   func flush() throws(BlockError) {}

@@ -6,9 +6,12 @@ enum Qcow2Harness {
   static func run(_ input: UnsafeBufferPointer<UInt8>) {
     let bytes = Array(input)
     var options = Qcow2Image.Options()
+    options.l2CacheBytes = 8 << 10
+    options.refcountCacheBytes = 8 << 10
+    let ordinary = options
     options.forCheck = true
     if let image = try? Qcow2Image(MemoryFile(bytes, isReadOnly: true), options: options) { _ = try? image.check() }
-    guard let image = try? Qcow2Image(MemoryFile(bytes, isReadOnly: false)) else { return }
+    guard let image = try? Qcow2Image(MemoryFile(bytes, isReadOnly: false), options: ordinary) else { return }
     let queue = NoQueue()
     let buffer = DiskBuffer(count: 65536, zeroed: true)
     let length = Int(min(image.size, 65536))

@@ -67,8 +67,9 @@ private final class Workload {
   var marks: [Certainty] = []
   var nextStamp: UInt64 = 1
   var busy: Set<Int> = []
-  /// Writes that have completed since the last flush began.
-  var completed: [Int: UInt64] = [:]
+  /// By sector: the change that has completed last, since none is under way. Its number tells zeros from earlier ones.
+  var completed: [Int: (stamp: UInt64, change: Int)] = [:]
+  private var changes = 0
   var snapshotNames: [String] = []
 
   init(_ shape: CrashTests.Shape, seed: UInt64) throws {
@@ -174,15 +175,16 @@ private final class Workload {
 
   private func done(_ range: Range<Int>, _ stamp: UInt64) {
     busy.subtract(range)
-    for sector in range { completed[sector] = stamp }
+    changes += 1
+    for sector in range { completed[sector] = (stamp, changes) }
   }
 
   private func flush() {
     let covered = completed
     let request = BlockRequest(.flush) { error in
       guard error == nil else { return }
-      for (sector, stamp) in covered where self.completed[sector] == stamp && !self.busy.contains(sector) {
-        self.certainty.durable[sector] = stamp
+      for (sector, change) in covered where self.completed[sector]?.change == change.change {
+        self.certainty.durable[sector] = change.stamp
         self.certainty.possible[sector] = []
       }
       self.mark()

@@ -96,6 +96,71 @@ struct LinuxDiskTests {
     #expect(text.contains("\(sum)  /mnt/data/check.0.0"), "\(text.suffix(4000))")
   }
 
+  /// Snapshots, merges in every direction and a hot-plugged disk, while fio writes and verifies on ext4.
+  @Test func layersChangeUnderFio() throws {
+    let folder = try TemporaryFolder()
+    let disk = try disk(folder, format: "qcow2")
+    let pattern = try folder.file("pattern", (0..<(1 << 20)).map { UInt8(truncatingIfNeeded: $0 &* 0x9e37_79b1 >> 13) })
+    let fio = [
+      "chroot /mnt /bin/fio --name=check --directory=/data --size=4M --bs=4k --rw=randwrite --ioengine=libaio",
+      "--iodepth=16 --direct=1 --fsync=64 --verify=crc32c --do_verify=1 --verify_fatal=1 --verify_state_save=0",
+      "--output=/tmp/fio.txt",
+    ].joined(separator: " ")
+    let commands =
+      Self.mount + [
+        "n=0; while [ ! -e /sys/block/vdb ]; do \(fio) || break; n=$((n+1)); echo round:$n; done", "echo fio:$?",
+        "echo plugged:$(md5sum < /dev/vdb)", "md5sum /mnt/data/check.0.0",
+      ] + Self.unmount
+    let all = arguments(commands, cpus: 1, disks: ["\(disk),format=qcow2,id=d0"])
+    let machine = try RunningVMM(Array(all.dropFirst()))
+    func goesOn() {
+      let rounds = machine.text.components(separatedBy: "round:").count - 1
+      #expect(machine.waitFor("round:", count: rounds + 1), "\(machine.text.suffix(2000))")
+    }
+    func snapshot(_ name: String) throws {
+      try machine.execute(
+        "blockdev-snapshot-sync",
+        ["device": "d0", "snapshot-file": "\(folder.path)/\(name)", "snapshot-node-name": name])
+    }
+    func completes(_ event: String = "BLOCK_JOB_COMPLETED") throws {
+      let data = try machine.event(event)
+      #expect(data["error"] == nil, "\(data)")
+    }
+    goesOn()
+    for name in ["s1", "s2", "s3"] {
+      try snapshot(name)
+      goesOn()
+    }
+    try machine.execute("block-commit", ["device": "d0", "top-node": "s2", "base-node": "s1"])
+    try completes()
+    goesOn()
+    try machine.execute("block-stream", ["device": "d0", "base": disk])
+    try completes()
+    goesOn()
+    try snapshot("s4")
+    goesOn()
+    try machine.execute("block-commit", ["device": "d0", "base": disk])
+    try completes("BLOCK_JOB_READY")
+    try machine.execute("block-job-complete", ["device": "d0"])
+    try completes()
+    goesOn()
+    try machine.execute(
+      "blockdev-add", ["driver": "raw", "node-name": "p", "file": ["driver": "file", "filename": pattern]])
+    try machine.execute("device_add", ["driver": "virtio-blk-pci", "drive": "p", "id": "p0"])
+    #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(4000))")
+    let text = machine.text
+    #expect(text.contains("fio:0") && text.contains("unmounted"), "\(text.suffix(4000))")
+    #expect(!text.contains("I/O error"), "\(text.suffix(4000))")
+    #expect(text.contains("plugged:\(try hostTool("md5sum", pattern).output.prefix(32))"), "\(text.suffix(4000))")
+
+    let fileSystem = try fileSystem(disk, format: "qcow2")
+    let checked = try hostTool("/usr/sbin/e2fsck", "-fn", fileSystem)
+    #expect(checked.status == 0, "\(checked.output)")
+    _ = try file("/data/check.0.0", in: fileSystem)
+    let sum = try hostTool("md5sum", fileSystem + ".file").output.prefix(32)
+    #expect(text.contains("\(sum)  /mnt/data/check.0.0"), "\(text.suffix(4000))")
+  }
+
   /// The VMM is killed while Linux writes: the journal is replayed, and every file that was synced is there.
   @Test(arguments: ["raw", "qcow2"])
   func syncedFilesSurviveAKill(format: String) throws {
