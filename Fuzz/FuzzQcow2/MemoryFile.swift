@@ -35,7 +35,9 @@ final class MemoryFile: BlockFile {
   func read(at offset: UInt64, into target: UnsafeMutableRawBufferPointer) throws(BlockError) {
     let available = offset < length ? min(target.count, Int(length - offset)) : 0
     guard let start = target.baseAddress else { return }
-    bytes.withUnsafeBytes { if available > 0, let from = $0.baseAddress { memcpy(start, from + Int(offset), available) } }
+    bytes.withUnsafeBytes { bytes in
+      if available > 0, let from = bytes.baseAddress { memcpy(start, from + Int(offset), available) }
+    }
     memset(start + available, 0, target.count - available)
   }
 
