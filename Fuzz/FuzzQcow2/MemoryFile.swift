@@ -48,7 +48,9 @@ final class MemoryFile: BlockFile {
     let end = Int(offset) + source.count
     if end > bytes.count { bytes += [UInt8](repeating: 0, count: end - bytes.count) }
     guard let start = source.baseAddress else { return }
-    bytes.withUnsafeMutableBytes { memcpy($0.baseAddress! + Int(offset), start, source.count) }
+    bytes.withUnsafeMutableBytes { bytes in
+      if let to = bytes.baseAddress { memcpy(to + Int(offset), start, source.count) }
+    }
   }
 
   func flush() throws(BlockError) {}

@@ -5,6 +5,7 @@ import Foundation
 enum Qcow2Harness {
   static func run(_ input: UnsafeBufferPointer<UInt8>) {
     let bytes = Array(input)
+    guard hasSmallTables(bytes) || bytes.reduce(0, &+) == 0 else { return }
     var options = Qcow2Image.Options()
     options.l2CacheBytes = 8 << 10
     options.refcountCacheBytes = 8 << 10
@@ -21,6 +22,15 @@ enum Qcow2Harness {
     try? image.perform(.writeZeroes, length: UInt64(length), on: queue)
     for snapshot in image.snapshots.prefix(2) { try? image.applySnapshot(snapshot.id) }
     try? image.close()
+  }
+
+  /// Tables far larger than the file cost most of the time and say nothing new: one such input of 256 is used.
+  private static func hasSmallTables(_ bytes: [UInt8]) -> Bool {
+    func field(_ offset: Int) -> UInt64 {
+      bytes.dropFirst(offset).prefix(4).reduce(0) { $0 << 8 | UInt64($1) }
+    }
+    let refcountTable = field(56) << min(field(20), 21)
+    return field(36) <= 4096 && refcountTable <= 64 << 10 && field(60) <= 64
   }
 
   static func writeSeeds(to directory: String) throws {
