@@ -32,6 +32,10 @@ final class DiskSlots: Sendable {
     onFault = configuration.onDeviceFault
   }
 
+  private struct Made: @unchecked Sendable {
+    let device: any VirtioDevice
+  }
+
   /// In the order of their places.
   var devices: [VirtioPCI] { disks.withLock { disks in disks.sorted { $0.key < $1.key }.map(\.value) } }
 
@@ -43,22 +47,36 @@ final class DiskSlots: Sendable {
       name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: thread, queues: queues,
       readErrors: disk.readErrors, writeErrors: disk.writeErrors)
     block.onError = { [machine] in machine.request(.ioError($0)) }
+    try add(block, on: thread, among: Array(PCIHotplug.slots), announcing: announcing)
+  }
+
+  /// Puts another virtio device at the last free place, which leaves disks where they would be without it.
+  func add(_ device: any VirtioDevice, on thread: IOThread) throws(MachineError) {
+    try add(device, on: thread, among: PCIHotplug.slots.reversed(), announcing: false)
+  }
+
+  private func add(
+    _ virtio: any VirtioDevice, on thread: IOThread, among places: [UInt8], announcing: Bool
+  ) throws(MachineError) {
+    let name = virtio.name
+    let made = Made(device: virtio)
     let slot = try disks.withLock { disks throws(MachineError) in
-      guard !disks.values.contains(where: { $0.name == disk.name }) else { throw .diskName(disk.name) }
-      guard let slot = PCIHotplug.slots.first(where: { disks[$0] == nil }) else {
+      guard !disks.values.contains(where: { $0.name == name }) else { throw .diskName(name) }
+      guard let slot = places.first(where: { disks[$0] == nil }) else {
         throw .disks(asked: disks.count + 1, limit: MachineConfiguration.maximumDisks)
       }
       let address = PCIAddress(device: slot)
       let device: VirtioPCI
       do throws(HostError) {
         device = try VirtioPCI(
-          block, host: pci, line: pci.line(device: slot), interrupts: interrupts, memory: memory, loop: thread.loop,
+          made.device, host: pci, line: pci.line(device: slot), interrupts: interrupts, memory: memory,
+          loop: thread.loop,
           isSynchronous: isDeterministic, onFault: onFault)
       } catch {
         throw .host(error)
       }
       guard pci.add(device, at: address) else {
-        throw .device(.slotTaken(device: disk.name, address: "\(address)"))
+        throw .device(.slotTaken(device: name, address: "\(address)"))
       }
       disks[slot] = device
       return slot

@@ -65,6 +65,8 @@ public struct MachineConfiguration: Sendable {
   public var firmware: BootROM?
   /// The disks, if any.
   public var disks: MachineDisks?
+  /// Byte streams between the guest and the host, if any.
+  public var ports: MachinePorts?
   /// Told in one line of what goes wrong in a device while the machine runs, on any thread.
   public var onDeviceFault: @Sendable (String) -> Void = { _ in }
   /// Where COM1 sends its bytes.

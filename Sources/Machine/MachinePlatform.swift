@@ -31,6 +31,11 @@ struct MachinePlatform {
     } catch {
       throw .device(error)
     }
+    if let ports = configuration.ports {
+      let console = VirtioConsole(name: "ports", ports: ports.names, memory: memory)
+      try disks.add(console, on: ports.thread)
+      ports.device = console
+    }
     guard let configured = configuration.disks else { return }
     for disk in configured.disks { try disks.add(disk, on: configured.thread, announcing: false) }
   }

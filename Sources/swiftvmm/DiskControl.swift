@@ -10,6 +10,8 @@ final class DiskControl: @unchecked Sendable {
   let disks: RunDisks
   /// What NBD clients are offered.
   private(set) lazy var exports = DiskExports(self)
+  /// What backups read: a server of their own.
+  private(set) lazy var backups = DiskExports(self)
   private var graph: BlockGraph { disks.graph }
   private let emit = Mutex<@Sendable (QMPEvent) -> Void>({ _ in })
   /// Files that `blockdev-add` has named and no format stands on; the disks' thread's.
@@ -116,6 +118,7 @@ final class DiskControl: @unchecked Sendable {
     disks.thread.perform { [self] in
       guard let disk = graph.disks[id] else { return }
       exports.diskGone(disk, graph)
+      backups.diskGone(disk, graph)
       for job in graph.jobs.values where job.disk === disk { job.cancel() }
       graph.removeDisk(disk)
       graph.drop(disk.top)

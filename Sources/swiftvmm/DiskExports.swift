@@ -29,6 +29,9 @@ final class DiskExports: @unchecked Sendable {
 
   init(_ control: DiskControl) { self.control = control }
 
+  /// Whether it listens.
+  var isRunning: Bool { control.disks.thread.perform { [self] in server != nil } }
+
   /// Listens.
   func start(_ endpoint: StreamEndpoint, clientLimit: Int) throws(MonitorError) {
     try run { [self] _ throws(ExportError) in

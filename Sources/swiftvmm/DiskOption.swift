@@ -116,6 +116,8 @@ final class RunDisks {
     graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
       let disk = try option.parse(number: number)
+      let overlay = disk.path + BackupJournal.overlaySuffix
+      if BackupFiles.exists(overlay) { throw .backup(.needsRecovery(image: disk.path, overlay: overlay)) }
       if graph.disks[disk.name] != nil { throw .machine(.diskName(disk.name)) }
       do throws(BlockError) {
         var image = BlockGraph.Options(path: disk.path, format: disk.format, access: disk.access)

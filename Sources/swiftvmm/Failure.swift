@@ -49,6 +49,18 @@ enum Failure: Error {
   case diskIsRemote(path: String)
   case diskIsNotQcow2(path: String, operation: String)
   case diskMapNeedsJSON(path: String, offset: UInt64)
+  case backup(BackupFault)
+
+  /// What a call that may fail in several ways has thrown.
+  init(_ error: any Error) {
+    self =
+      switch error {
+      case let failure as Failure: failure
+      case let error as BlockError: .disk(error)
+      case let error as HostError: .host(error)
+      default: .control("\(error)")
+      }
+  }
 
   var status: ExitStatus {
     switch self {
@@ -58,6 +70,7 @@ enum Failure: Error {
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
     case .disk(let error): Self.status(error)
+    case .backup(let fault): fault.status
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .nbd, .output, .host, .control, .diskClosed: .inputOutput
@@ -129,6 +142,7 @@ enum Failure: Error {
     case .accelerator(let error): "\(error)"
     case .disk(let error): "\(error)"
     case .nbd(let error): "\(error)"
+    case .backup(let fault): fault.text
     case .diskNeedsSize(let path): "the size of \(path) is missing: give one such as 10G, or a backing file with -b"
     case .diskNeedsBackingFormat(let name):
       "the format of the backing file \(name) is missing: give it with -F, for whoever can write a raw disk could fake one"

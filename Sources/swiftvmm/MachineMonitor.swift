@@ -21,12 +21,16 @@ final class MachineMonitor: MonitorTarget {
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
   static func serve(
-    _ machine: Machine, engine: String, disks: DiskControl?, hardening: LoaderHardening?, on text: String
+    _ machine: Machine, engine: String, disks: DiskControl?, agent: AgentControl?, hardening: LoaderHardening?,
+    on text: String
   ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
-      let commands = QMPCommand.standard + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) } ?? [])
+      let commands =
+        QMPCommand.standard
+        + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) + BackupCommands.all($0) } ?? [])
+        + (agent.map { AgentCommands.all($0) } ?? [])
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
         line in

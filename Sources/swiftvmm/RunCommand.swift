@@ -93,6 +93,9 @@ struct RunCommand: ParsableCommand {
   @Option(help: "Control socket (QMP): unix:PATH.")
   var control: String?
 
+  @Flag(help: "Give the guest a port for its agent, which the control socket's commands ask; needs --control.")
+  var agent = false
+
   @Option(help: "Debugger: HOST:PORT or unix:PATH.")
   var gdb: String?
 
@@ -115,6 +118,7 @@ struct RunCommand: ParsableCommand {
     if guest == nil && firmware == nil {
       throw ValidationError("name a GUEST, or give --firmware")
     }
+    if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if audit != nil, harden == nil { throw ValidationError("--audit needs --harden POLICY") }
     if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {
       throw ValidationError("--time-limit \(timeLimit): expected seconds greater than 0")

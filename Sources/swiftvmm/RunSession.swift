@@ -19,6 +19,7 @@ struct RunSession {
   private let console: Console
   private let traces: [Trace]
   private let disks: RunDisks?
+  private let ports: MachinePorts?
   private let hardening: RunHardening?
 
   init(_ options: RunCommand) throws(Failure) {
@@ -58,6 +59,8 @@ struct RunSession {
     // Disks may come later, by the control socket.
     disks = options.disk.isEmpty && options.control == nil ? nil : try RunDisks(options.disk)
     configuration.disks = disks?.configuration
+    ports = options.agent ? disks.map { MachinePorts(thread: $0.thread, names: [AgentControl.portName]) } : nil
+    configuration.ports = ports
     hardening = try options.harden.map { path throws(Failure) in try RunHardening(path, audit: options.audit) }
     configuration.supervisor = hardening?.supervisor
     accelerator = try options.engine.open(
@@ -84,9 +87,10 @@ struct RunSession {
     let signals = try Signals(machine)
     defer { withExtendedLifetime(signals) {} }
     let control = disks.map { DiskControl(machine, $0) }
+    let agent = ports.map { AgentControl($0) }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
-        machine, engine: accelerator.name, disks: control, hardening: hardening?.supervisor, on: text)
+        machine, engine: accelerator.name, disks: control, agent: agent, hardening: hardening?.supervisor, on: text)
     }
     // Its commands use the disks.
     defer { monitor?.close() }
@@ -112,6 +116,7 @@ struct RunSession {
     monitor?.close()
     // One that does not run needs no end.
     try? control?.exports.stop()
+    try? control?.backups.stop()
     try disks?.close()
     return outcome.status
   }

@@ -7,11 +7,13 @@ final class RunningVMM {
   private let folder: TemporaryFolder
   private let collected = Collected()
   private var client: QMP?
+  /// The control socket's path.
+  let socket: String
 
   /// Starts `run` with these arguments and a control socket.
   init(_ arguments: [String]) throws {
     folder = try TemporaryFolder()
-    let socket = folder.path + "/qmp"
+    socket = folder.path + "/qmp"
     let output = Pipe()
     process.executableURL = URL(fileURLWithPath: VMM.path)
     process.arguments = ["run"] + arguments + ["--control", "unix:\(socket)"]

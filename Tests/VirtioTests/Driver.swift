@@ -78,8 +78,8 @@ final class Driver {
     return next
   }
 
-  /// Negotiates, makes the queues, and says that it is ready.
-  func start(size: UInt16 = 16, features more: UInt64 = 0) throws {
+  /// Negotiates, makes the queues, and says that it is ready; `block` with the features of a disk.
+  func start(size: UInt16 = 16, features more: UInt64 = 0, block: Bool = true) throws {
     command(6)
     if way.hasMessages {
       let capability = try #require(capabilities().first { $0.id == 0x11 })
@@ -93,7 +93,8 @@ final class Driver {
       write(Common.featureSelect, 4, half)
       offered |= read(Common.features, 4) << (half * 32)
     }
-    var wanted: UInt64 = 1 << 32 | 1 << 9 | offered & (1 << 5 | 1 << 12 | 1 << 13 | 1 << 14) | more
+    var wanted: UInt64 = 1 << 32 | more
+    if block { wanted |= 1 << 9 | offered & (1 << 5 | 1 << 12 | 1 << 13 | 1 << 14) }
     if way.isPacked { wanted |= 1 << 34 }
     if way.isIndirect { wanted |= 1 << 28 }
     if way.hasEventIndex { wanted |= 1 << 29 }

@@ -15,6 +15,8 @@ public class BlockJob {
   public var done: UInt64 { position - min(position, pending) }
   /// Bytes a second; 0 for no limit.
   public var bytesPerSecond: UInt64 = 0
+  /// Bytes that were copied or zeroed, or are under way.
+  public private(set) var moved: UInt64 = 0
   /// Stretches in flight.
   public var parallel = 8
   /// The first error, with which the job ended.
@@ -31,7 +33,6 @@ public class BlockJob {
   private var isPumping = false
   private var hasEnded = false
   private var buffers: [DiskBuffer] = []
-  private var moved: UInt64 = 0
   private var startedAt: UInt64 = 0
 
   init(total: UInt64) { self.total = total }

@@ -12,6 +12,8 @@ public final class CopyJob: BlockJob {
     public var sparse: UInt64 = 4096
     /// Clusters are compressed; the target is a new qcow2 image.
     public var compresses = false
+    /// Only these bytes, in ascending order; nil for everything.
+    public var ranges: [Range<UInt64>]?
 
     /// Everything, into a disk with any contents.
     public init() {}
@@ -54,9 +56,27 @@ public final class CopyJob: BlockJob {
   private func state(
     at offset: UInt64, length: UInt64
   ) throws(BlockError) -> (state: State, length: UInt64, layer: any BlockNode) {
+    var length = length
+    if let ranges = options.ranges {
+      let next = firstRange(endingAfter: offset, ranges)
+      guard next < ranges.count, ranges[next].lowerBound < offset + length else { return (.elsewhere, length, source) }
+      guard ranges[next].lowerBound <= offset else {
+        return (.elsewhere, ranges[next].lowerBound - offset, source)
+      }
+      length = min(length, ranges[next].upperBound - offset)
+    }
     let found = try source.chainExtent(at: offset, length: length)
     if let layers = options.layers, found.depth >= layers { return (.elsewhere, found.extent.length, found.layer) }
     return (found.extent.isZero ? .zero : .data, found.extent.length, found.layer)
+  }
+
+  private func firstRange(endingAfter offset: UInt64, _ ranges: [Range<UInt64>]) -> Int {
+    var (low, high) = (0, ranges.count)
+    while low < high {
+      let middle = (low + high) / 2
+      if ranges[middle].upperBound > offset { high = middle } else { low = middle + 1 }
+    }
+    return low
   }
 
   private func wholeClusters(_ position: UInt64, _ length: UInt64) -> UInt64 {

@@ -175,10 +175,11 @@ public final class BlockGraph {
 
   /// Writes the layers from `top` to above `base` into `base` and drops them (`block-commit`).
   public func commit(
-    _ id: String, _ disk: LiveDisk, top: LiveNode, base: LiveNode, configure: (LiveJob) -> Void = { _ in }
+    _ id: String, _ disk: LiveDisk, top: LiveNode, base: LiveNode, result: CommitResult = CommitResult(),
+    configure: (LiveJob) -> Void = { _ in }
   ) throws(BlockError) {
     try requireJob(id, on: disk)
-    begin(try CommitJob(id, disk, top: top, base: base, graph: self), configure)
+    begin(try CommitJob(id, disk, top: top, base: base, result: result, graph: self), configure)
   }
 
   /// Copies a disk as it is now (`blockdev-backup`); `mode` in QEMU's words: full, top, none, incremental.

@@ -86,8 +86,11 @@ final class CommitJob: LiveJob, WriteGuard {
   /// Layers from `top` on that are written into `base`.
   private let layers: Int
   private let isActive: Bool
+  private let result: CommitResult
 
-  init(_ id: String, _ disk: LiveDisk, top: LiveNode, base: LiveNode, graph: BlockGraph) throws(BlockError) {
+  init(
+    _ id: String, _ disk: LiveDisk, top: LiveNode, base: LiveNode, result: CommitResult, graph: BlockGraph
+  ) throws(BlockError) {
     let chain = disk.top.chain
     guard let first = chain.firstIndex(where: { $0 === top }) else { throw .notBelow(top.name, of: disk.top.name) }
     guard let last = chain.firstIndex(where: { $0 === base }), last > first else {
@@ -95,6 +98,7 @@ final class CommitJob: LiveJob, WriteGuard {
     }
     self.top = top
     self.base = base
+    self.result = result
     layers = last - first
     isActive = first == 0
     let granularity = max(Self.minimumGranularity, base.qcow2?.clusterSize ?? 0)
@@ -103,6 +107,7 @@ final class CommitJob: LiveJob, WriteGuard {
 
   override func willStart() throws(BlockError) {
     try base.setWritable(true)
+    if let image = base.qcow2 { try result.changeBitmaps(of: image) }
     if base.node.size < top.node.size { try base.node.resize(to: top.node.size, on: graph.queue) }
     if isActive {
       disk.beginClaiming()
@@ -177,6 +182,7 @@ final class CommitJob: LiveJob, WriteGuard {
 
   private func dropLayers() throws(BlockError) {
     if isActive {
+      if result.removesTop { try CommitResult.removeFile(top.path) }
       disk.replaceTop(base)
       disk.forget(top)
       graph.drop(top)
@@ -189,6 +195,7 @@ final class CommitJob: LiveJob, WriteGuard {
       name: BlockGraph.reference(to: base.path, from: upper.path), format: base.format.rawValue)
     if wasReadOnly { try upper.setWritable(false) }
     try graph.setBacking(of: upper, to: base)
+    if result.removesTop { try CommitResult.removeFile(top.path) }
     graph.drop(top)
   }
 

@@ -76,13 +76,14 @@ struct DiskProgress: ParsableArguments {
     if !(1...64).contains(parallel) { throw ValidationError("-m \(parallel): expected 1 to 64") }
   }
 
-  /// Runs a job to its end.
-  func run(_ job: BlockJob, on queue: any IOQueue) throws {
+  /// Runs a job to its end, with a call to `watch` now and then.
+  func run(_ job: BlockJob, on queue: any IOQueue, watch: () -> Void = {}) throws {
     if let rate { job.bytesPerSecond = try parseSize(rate, option: "-r") }
     job.parallel = parallel
     let isShown = !quiet && (progress || isatty(STDERR_FILENO) == 1)
     var shown = -1
     try job.run(on: queue) {
+      watch()
       guard isShown else { return }
       let tenths = job.total == 0 ? 1000 : Int(Double(job.done) / Double(job.total) * 1000)
       guard tenths != shown else { return }

@@ -1,0 +1,318 @@
+import Foundation
+import Testing
+
+/// `swiftvmm backup` below a guest that writes, whole and cut off.
+@Suite(
+  .enabled(
+    if: VMM.isBuilt && access("/usr/bin/qemu-img", X_OK) == 0,
+    "needs the release build, scripts/build-guests and qemu-utils"), .serialized)
+struct BackupTests {
+  static let engines: [String] = VMM.hasKVM ? ["soft", "kvm"] : ["soft"]
+  private static let options = "records=200 flush=10 sectors=16"
+
+  /// Two disks and a guest that writes to them for ever.
+  private final class Writer {
+    let folder: TemporaryFolder
+    let images: [String]
+    private(set) var machine: RunningVMM
+    private let arguments: [String]
+
+    init(_ engine: String, formats: [String] = ["qcow2", "qcow2"], rate: Int = 0) throws {
+      let folder = try TemporaryFolder()
+      self.folder = folder
+      images = try formats.enumerated().map { index, format in
+        let path = "\(folder.path)/d\(index).\(format)"
+        try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", format, path, "32M").status == 0)
+        return path
+      }
+      let disks = images.enumerated().flatMap { ["--disk", "\($1),id=d\($0)"] }
+      arguments =
+        ["disk", "--engine", engine, "--time-limit", "300"] + disks + [
+          "--append", "mode=rewrite passes=100000 disks=\(images.count) rate=\(rate) \(BackupTests.options)",
+        ]
+      machine = try RunningVMM(arguments)
+      #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    }
+
+    /// The same machine again.
+    func start() throws {
+      machine = try RunningVMM(arguments)
+      #expect(machine.waitFor("flushed"), "\(machine.text)")
+    }
+
+    var socket: String { machine.socket }
+
+    /// Waits until the guest has flushed something that it wrote after this call.
+    func goesOn() {
+      let count = machine.text.components(separatedBy: "flushed").count
+      #expect(machine.waitFor("flushed", count: count + 1), "\(machine.text.suffix(2000))")
+    }
+
+    func depths() throws -> [Int] {
+      let blocks = try #require(try machine.execute("query-block") as? [[String: Any]])
+      return blocks.map { ($0["inserted"] as? [String: Any])?["backing_file_depth"] as? Int ?? -1 }
+    }
+
+    /// What a backup has left beside the disks.
+    var leftovers: [String] {
+      let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+      return names.filter { $0.contains(".backup-") }
+    }
+
+    @discardableResult
+    func backUp(_ more: String...) throws -> VMM { try VMM.run(["backup", socket, "-q"] + more) }
+
+    func end() throws -> String {
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(2000))")
+      return machine.text
+    }
+  }
+
+  /// The records of a writer that was cut off at any moment, on these disks.
+  private func verify(_ images: [String], flushed text: String? = nil, wasKilled: Bool = false) throws {
+    for image in images {
+      let checked = try hostTool("qemu-img", "check", image)
+      let isSound = [0, 63].contains(checked.status) || wasKilled && checked.status == 3
+      #expect(isSound, "\(image): \(checked.output)")
+    }
+    var expectation = ""
+    let lines = (text ?? "").split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+    if let last = lines.last(where: { $0.hasPrefix("flushed") }) {
+      let words = last.split(separator: " ")
+      expectation = "expect=\(words[1]) generation=\(words[3])"
+    }
+    let disks = images.flatMap { ["--disk", $0] }
+    let verified = try VMM.run(
+      ["run", "disk", "--engine", "soft"] + disks + [
+        "--append", "mode=verify disks=\(images.count) \(Self.options) \(expectation)",
+      ])
+    #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")
+  }
+
+  /// Restores a backup and returns its disks.
+  private func restore(_ source: String, _ folder: TemporaryFolder, _ name: String, id: String? = nil) throws
+    -> [String]
+  {
+    let into = "\(folder.path)/\(name)"
+    let restored = try VMM.run(["restore-backup", source, "--into", into, "-q"] + (id.map { ["--backup", $0] } ?? []))
+    #expect(restored.status == 0, "\(restored.errors)")
+    let configuration = try Data(contentsOf: URL(fileURLWithPath: into + "/configuration.json"))
+    let read = try #require(try JSONSerialization.jsonObject(with: configuration) as? [String: Any])
+    #expect((read["arguments"] as? [String])?.first == "run")
+    return ["\(into)/d0.qcow2", "\(into)/d1.qcow2"]
+  }
+
+  /// Full, then twice what has changed: each is of one instant, and not older than what was flushed before it.
+  @Test(arguments: engines)
+  func backupsBelowAWriter(engine: String) throws {
+    let writer = try Writer(engine)
+    let target = writer.folder.path + "/backups/"
+    for round in 0..<3 {
+      let before = writer.machine.text
+      let made = try writer.backUp("--target", target, round > 0 ? "--incremental" : "--json")
+      #expect(made.status == 0 && made.errors.isEmpty, "\(made.errors)")
+      #expect(try writer.depths() == [0, 0])
+      #expect(writer.leftovers.isEmpty)
+      writer.goesOn()
+      try verify(restore(target, writer.folder, "again\(round)"), flushed: before)
+    }
+    let listed = try VMM.run("restore-backup", target, "--into", "x", "--list")
+    #expect(listed.output.components(separatedBy: "incremental").count == 5, "\(listed.output)")
+    let text = try writer.end()
+    try verify(writer.images, flushed: text)
+  }
+
+  /// Bitmaps outlive the machine; raw disks have none and are copied whole.
+  @Test func incrementsGoOnAfterARestart() throws {
+    let writer = try Writer("soft", formats: ["qcow2", "raw"], rate: 400)
+    let target = writer.folder.path + "/backups/"
+    #expect(try writer.backUp("--target", target).status == 0)
+    _ = try writer.end()
+    try writer.start()
+    let made = try writer.backUp("--target", target, "--incremental", "--json")
+    #expect(made.status == 0 && made.errors.contains("d1: nothing says what has changed"), "\(made.errors)")
+    let json = try #require(try JSONSerialization.jsonObject(with: Data(made.output.utf8)) as? [String: Any])
+    let disks = try #require(json["disks"] as? [[String: Any]])
+    #expect(disks.map { $0["incremental"] as? Bool } == [true, false])
+    try verify(restore(target, writer.folder, "again"))
+    let text = try writer.end()
+    try verify(writer.images, flushed: text)
+  }
+
+  /// One disk into one file, or into another program's export.
+  @Test func otherTargets() throws {
+    let writer = try Writer("soft")
+    let file = writer.folder.path + "/one.qcow2"
+    #expect(try writer.backUp("--target", file).errors.contains("2 disks do not fit"))
+    #expect(try writer.backUp("--target", file, "--disk", "d7").errors.contains("it has d0, d1"))
+    #expect(try writer.backUp("--target", file, "--disk", "d1", "--incremental").status == 64)
+    #expect(try writer.backUp("--target", file, "--disk", "d1").status == 0)
+    #expect(try writer.backUp("--target", file, "--disk", "d1").errors.contains("is there already"))
+    let checked = try hostTool("qemu-img", "check", file)
+    #expect(checked.status == 0, "\(checked.output)")
+    let raw = writer.folder.path + "/export.raw"
+    try #require(hostTool("qemu-img", "create", "-q", "-f", "raw", raw, "32M").status == 0)
+    let socket = writer.folder.path + "/nbd"
+    let server = try BackgroundProcess(["-t", "-f", "raw", "-k", socket, raw], tool: "/usr/bin/qemu-nbd")
+    defer { server.signal(SIGTERM) }
+    for _ in 0..<1000 where !FileManager.default.fileExists(atPath: socket) { usleep(10_000) }
+    let uri = "nbd+unix:///?socket=\(socket)"
+    try writer.machine.execute("stop")
+    let exported = try writer.backUp("--target", uri, "--disk", "d1")
+    #expect(exported.status == 0, "\(exported.errors)")
+    try writer.machine.execute("cont")
+    writer.goesOn()
+    #expect(writer.leftovers.isEmpty)
+    let text = try writer.end()
+    try verify(writer.images, flushed: text)
+  }
+
+  /// A second machine gets the disk as it was at the cut, writes to it, and the first one's disk does not change.
+  @Test(arguments: engines)
+  func theStateIsPluggedIntoAnotherMachine(engine: String) throws {
+    let writer = try Writer(engine)
+    let appliance = try RunningVMM([
+      "disk", "--engine", engine, "--time-limit", "300", "--append",
+      "mode=plugged plugs=2 records=60 flush=10 sectors=4",
+    ])
+    #expect(appliance.waitFor("waiting for a disk"))
+    let backup = try BackgroundProcess(["backup", writer.socket, "-q", "--disk", "d1", "--to-vm", appliance.socket])
+    // What the writer has put there is no record of this guest's: it says so, and ends.
+    _ = appliance.waitUntilExit()
+    #expect(appliance.text.contains("FAIL disk 0 record"), "\(appliance.text)")
+    #expect(backup.waitUntilExit() == 0, "\(backup.text)")
+    #expect(try writer.depths() == [0, 0])
+    #expect(writer.leftovers.isEmpty)
+    writer.goesOn()
+    let text = try writer.end()
+    try verify(writer.images, flushed: text)
+  }
+
+  /// A target that fails, and a wish to end: the guest goes on, the chains are short again.
+  @Test func whatFailsIsUndone() throws {
+    let writer = try Writer("soft")
+    let full = try writer.backUp("--target", "nbd+unix:///?socket=\(writer.folder.path)/nobody", "--disk", "d0")
+    #expect(full.status == 74 && full.errors.contains("nobody") && full.errors.contains("given up"), "\(full.errors)")
+    #expect(try writer.depths() == [0, 0])
+    #expect(writer.leftovers.isEmpty)
+    let target = writer.folder.path + "/backups/"
+    let backup = try BackgroundProcess(["backup", writer.socket, "-q", "--target", target, "-r", "64K"])
+    for _ in 0..<1000 where try writer.depths() != [1, 1] { usleep(10_000) }
+    usleep(200_000)
+    let second = try writer.backUp("--target", target)
+    #expect(second.errors.contains("another backup is under way"), "\(second.errors)")
+    backup.signal(SIGINT)
+    #expect(backup.waitUntilExit() == 130, "\(backup.text)")
+    #expect(backup.text.contains("was cancelled"))
+    #expect(try writer.depths() == [0, 0])
+    #expect(writer.leftovers.isEmpty)
+    #expect(try FileManager.default.contentsOfDirectory(atPath: target).isEmpty)
+    writer.goesOn()
+    let text = try writer.end()
+    try verify(writer.images, flushed: text)
+  }
+
+  /// The backup command or the machine is killed at any moment: nothing that was flushed is lost, `--recover` shortens the
+  /// chains, and the next backup succeeds. `SWIFTVMM_BACKUP_KILLS` says how often.
+  @Test(arguments: engines)
+  func killedAtAnyMoment(engine: String) throws {
+    let rounds = Int(ProcessInfo.processInfo.environment["SWIFTVMM_BACKUP_KILLS"] ?? "") ?? 4
+    var random = SystemRandomNumberGenerator()
+    let isFixed = rounds == 4
+    let writer = try Writer(engine)
+    let target = writer.folder.path + "/backups/"
+    for round in 0..<rounds {
+      let killsMachine = round % 2 == 1
+      let backup = try BackgroundProcess([
+        "backup", writer.socket, "-q", "--target", target, "--incremental", "-r", "4M",
+      ])
+      let delay = isFixed ? [30_000, 60_000, 120_000, 400_000][round] : Int.random(in: 0...500_000, using: &random)
+      usleep(UInt32(delay))
+      if killsMachine {
+        writer.machine.kill()
+        _ = backup.waitUntilExit()
+        let text = writer.machine.text
+        let merged = try VMM.run("backup", "--recover", writer.images[0])
+        #expect(merged.status == 0, "round \(round), \(delay) us: \(merged.errors)")
+        #expect(writer.leftovers.isEmpty, "round \(round), \(delay) us: \(writer.leftovers)")
+        try verify(writer.images, flushed: text, wasKilled: true)
+        try FileManager.default.removeItem(atPath: target)
+        for image in writer.images {
+          try FileManager.default.removeItem(atPath: image)
+          try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", image, "32M").status == 0)
+        }
+        try writer.start()
+      } else {
+        backup.signal(SIGKILL)
+        _ = backup.waitUntilExit()
+        writer.goesOn()
+        let recovered = try VMM.run("backup", "--recover", writer.socket)
+        #expect(recovered.status == 0, "round \(round), \(delay) us: \(recovered.errors)")
+        #expect(try writer.depths() == [0, 0], "round \(round), \(delay) us")
+        #expect(writer.leftovers.isEmpty, "round \(round), \(delay) us: \(writer.leftovers)")
+        writer.goesOn()
+        let before = writer.machine.text
+        let made = try writer.backUp("--target", target, "--incremental")
+        #expect(made.status == 0, "round \(round), \(delay) us: \(made.errors)")
+        try verify(restore(target, writer.folder, "again"), flushed: before)
+        try FileManager.default.removeItem(atPath: writer.folder.path + "/again")
+      }
+    }
+    let text = try writer.end()
+    try verify(writer.images, flushed: text, wasKilled: true)
+  }
+
+  /// While the newest writes are beside a disk, nobody runs it without them.
+  @Test func aDiskThatWaitsForRecoveryIsNotRun() throws {
+    let writer = try Writer("soft")
+    let backup = try BackgroundProcess([
+      "backup", writer.socket, "-q", "--target", writer.folder.path + "/b/", "-r", "64K",
+    ])
+    for _ in 0..<1000 where try writer.depths() != [1, 1] { usleep(10_000) }
+    writer.goesOn()
+    writer.machine.kill()
+    #expect(backup.waitUntilExit() == 74)
+    #expect(backup.text.contains("backup --recover"), "\(backup.text)")
+    let refused = try VMM.run("run", "disk", "--disk", writer.images[1])
+    #expect(
+      refused.status == 66 && refused.errors.contains("backup --recover \(writer.images[1])"), "\(refused.errors)")
+    #expect(try VMM.run("backup", "--recover", writer.images[1]).status == 0)
+    #expect(try VMM.run("backup", "--recover", writer.images[0]).status == 0)
+    #expect(writer.leftovers.isEmpty)
+    try verify(writer.images, flushed: writer.machine.text, wasKilled: true)
+  }
+}
+
+/// The executable, or another tool, while a test does something else. It is killed with its owner.
+final class BackgroundProcess {
+  private let process = Process()
+  private let output: URL
+
+  init(_ arguments: [String], tool: String = VMM.path) throws {
+    output = URL(fileURLWithPath: NSTemporaryDirectory() + "swiftvmm-output-\(UUID().uuidString)")
+    try Data().write(to: output)
+    let handle = try FileHandle(forWritingTo: output)
+    process.executableURL = URL(fileURLWithPath: tool)
+    process.arguments = arguments
+    process.standardInput = FileHandle.nullDevice
+    process.standardOutput = handle
+    process.standardError = handle
+    try process.run()
+  }
+
+  deinit {
+    if process.isRunning { kill(process.processIdentifier, SIGKILL) }
+    try? FileManager.default.removeItem(at: output)
+  }
+
+  /// What it has printed.
+  var text: String { (try? String(contentsOf: output, encoding: .utf8)) ?? "" }
+
+  func signal(_ number: Int32) { kill(process.processIdentifier, number) }
+
+  func waitUntilExit() -> Int32 {
+    process.waitUntilExit()
+    return process.terminationReason == .exit ? process.terminationStatus : 128 + process.terminationStatus
+  }
+}

@@ -1,0 +1,218 @@
+// The agent in a Linux guest: answers swiftvmm's requests on the virtio port org.swiftvmm.agent.0 (docs/agent.md).
+// One static program without libraries beside libc's; JSON of the protocol's small shapes only.
+//
+// swiftvmm-agent                       serves the port
+// swiftvmm-agent ask REQUEST [JSON]    sends one request to the host, prints its answer; while no other one serves
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <mntent.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PORT "org.swiftvmm.agent.0"
+#define LONGEST 16384
+#define MOST_FROZEN 64
+// A host that is gone must not leave the file systems frozen.
+#define LONGEST_FREEZE 10000
+
+static int frozen[MOST_FROZEN];
+static int frozen_count;
+static int64_t thaw_at;
+
+static int64_t now(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1000LL + time.tv_nsec / 1000000;
+}
+
+// The port's device, by the name that sysfs has for it.
+static int open_port(void) {
+  DIR *ports = opendir("/sys/class/virtio-ports");
+  if (!ports) return -1;
+  int port = -1;
+  for (struct dirent *entry; port < 0 && (entry = readdir(ports));) {
+    char path[512], name[128] = "";
+    snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+    FILE *file = fopen(path, "re");
+    if (!file) continue;
+    if (fgets(name, sizeof name, file)) name[strcspn(name, "\n")] = 0;
+    fclose(file);
+    if (strcmp(name, PORT) != 0) continue;
+    snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+    port = open(path, O_RDWR | O_CLOEXEC);
+  }
+  closedir(ports);
+  return port;
+}
+
+static bool send_line(int port, const char *text) {
+  size_t length = strlen(text);
+  while (length > 0) {
+    ssize_t count = write(port, text, length);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) return false;
+    text += count;
+    length -= (size_t)count;
+  }
+  return true;
+}
+
+static int thaw(void) {
+  int count = frozen_count;
+  while (frozen_count > 0) {
+    ioctl(frozen[--frozen_count], FITHAW, 0);
+    close(frozen[frozen_count]);
+  }
+  thaw_at = 0;
+  return count;
+}
+
+// Every file system that is on a disk; those that refuse are named in `error`.
+static bool freeze(char *error, size_t size) {
+  FILE *mounts = setmntent("/proc/self/mounts", "re");
+  if (!mounts) return snprintf(error, size, "cannot read /proc/self/mounts"), false;
+  sync();
+  for (struct mntent *mount; (mount = getmntent(mounts));) {
+    if (strncmp(mount->mnt_fsname, "/dev/", 5) != 0 || hasmntopt(mount, "ro")) continue;
+    int folder = open(mount->mnt_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0) continue;
+    if (frozen_count == MOST_FROZEN || ioctl(folder, FIFREEZE, 0) != 0) {
+      bool isSkipped = errno == EOPNOTSUPP || errno == EBUSY; // cannot freeze, or mounted twice and frozen already
+      if (!isSkipped) snprintf(error, size, "cannot freeze %.100s: %s", mount->mnt_dir, strerror(errno));
+      close(folder);
+      if (isSkipped) continue;
+      endmntent(mounts);
+      thaw();
+      return false;
+    }
+    frozen[frozen_count++] = folder;
+  }
+  endmntent(mounts);
+  thaw_at = now() + LONGEST_FREEZE;
+  return true;
+}
+
+// The text or number of a member of a flat JSON object: its escapes stay as they are. False where it is not there.
+static bool member(const char *line, const char *key, char *value, size_t size) {
+  char quoted[64];
+  snprintf(quoted, sizeof quoted, "\"%s\"", key);
+  const char *place = strstr(line, quoted);
+  if (!place) return false;
+  place += strlen(quoted);
+  while (isspace((unsigned char)*place)) place++;
+  if (*place++ != ':') return false;
+  while (isspace((unsigned char)*place)) place++;
+  bool is_text = *place == '"';
+  if (is_text) place++;
+  size_t length = 0;
+  while (*place && (is_text ? *place != '"' : *place != ',' && *place != '}' && !isspace((unsigned char)*place))) {
+    if (length + 1 >= size) return false;
+    value[length++] = *place++;
+  }
+  value[length] = 0;
+  return true;
+}
+
+static void answer(int port, const char *line) {
+  char id[32], request[80], reply[512], error[256] = "";
+  if (!member(line, "id", id, sizeof id) || !member(line, "request", request, sizeof request)) return;
+  if (strspn(id, "0123456789") != strlen(id)) return;
+  if (strcmp(request, "ping") == 0) {
+    snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {}}\n", id);
+  } else if (strcmp(request, "fs-freeze") == 0) {
+    if (frozen_count > 0 || freeze(error, sizeof error))
+      snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {\"frozen\": %d}}\n", id, frozen_count);
+    else
+      snprintf(reply, sizeof reply, "{\"id\": %s, \"error\": \"%s\"}\n", id, error);
+  } else if (strcmp(request, "fs-thaw") == 0) {
+    snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {\"thawed\": %d}}\n", id, thaw());
+  } else {
+    snprintf(reply, sizeof reply, "{\"id\": %s, \"error\": \"unknown request\"}\n", id);
+  }
+  send_line(port, reply);
+}
+
+// Reads a line; false where none came in time, or the port is gone (errno).
+static bool read_line(int port, char *line, int timeout) {
+  static char buffer[LONGEST];
+  static size_t length;
+  for (;;) {
+    char *end = memchr(buffer, '\n', length);
+    if (end) {
+      size_t count = (size_t)(end - buffer);
+      memcpy(line, buffer, count);
+      line[count] = 0;
+      length -= count + 1;
+      memmove(buffer, end + 1, length);
+      return true;
+    }
+    if (length == sizeof buffer) length = 0; // no line of the protocol is so long
+    struct pollfd ready = {.fd = port, .events = POLLIN};
+    errno = 0;
+    int count = poll(&ready, 1, timeout);
+    if (count == 0 || (count < 0 && errno == EINTR)) return errno = ETIMEDOUT, false;
+    ssize_t got = read(port, buffer + length, sizeof buffer - length);
+    if (got <= 0) return errno = EPIPE, false;
+    length += (size_t)got;
+  }
+}
+
+static int ask(int port, const char *request, const char *arguments) {
+  char line[LONGEST + 256], id[32];
+  const char *rest = arguments && arguments[0] == '{' ? arguments + 1 : "}";
+  while (isspace((unsigned char)*rest)) rest++;
+  snprintf(line, sizeof line, "{\"id\": 1, \"request\": \"%s\"%s%s\n", request, *rest == '}' ? "" : ", ", rest);
+  if (!send_line(port, line)) return perror("swiftvmm-agent: cannot write to the port"), 1;
+  int64_t deadline = now() + 10000;
+  while (now() < deadline) {
+    if (!read_line(port, line, 1000)) {
+      if (errno == ETIMEDOUT) continue;
+      break;
+    }
+    if (!member(line, "id", id, sizeof id) || strcmp(id, "1") != 0 || strstr(line, "\"request\"")) continue;
+    puts(line);
+    return strstr(line, "\"error\"") ? 1 : 0;
+  }
+  fprintf(stderr, "swiftvmm-agent: the host does not answer\n");
+  return 1;
+}
+
+int main(int count, char **words) {
+  int port = open_port();
+  if (port < 0) {
+    fprintf(stderr, "swiftvmm-agent: there is no free port " PORT "; give the machine one with --agent\n");
+    return 69;
+  }
+  if (count >= 3 && strcmp(words[1], "ask") == 0) return ask(port, words[2], count > 3 ? words[3] : NULL);
+  if (count > 1) {
+    fprintf(stderr, "usage: swiftvmm-agent [ask REQUEST [JSON]]\n");
+    return 64;
+  }
+  send_line(port, "{\"event\": \"hello\", \"version\": 1, \"agent\": \"swiftvmm-agent\", \"system\": \"linux\"}\n");
+  char line[LONGEST];
+  for (;;) {
+    int wait = thaw_at ? (int)(thaw_at - now()) : -1;
+    if (thaw_at && wait <= 0) {
+      thaw();
+      continue;
+    }
+    if (read_line(port, line, wait)) {
+      answer(port, line);
+    } else if (errno != ETIMEDOUT) {
+      // Nobody listens at the other end just now.
+      struct timespec pause = {.tv_nsec = 100000000};
+      nanosleep(&pause, NULL);
+    }
+  }
+}
