@@ -136,6 +136,9 @@ struct DiskGuestTests {
     ("raw", "none", "packed"),
   ]
 
+  /// Kills a case: `SWIFTVMM_KILLS=63` makes more than 500 in all.
+  private static let kills = ProcessInfo.processInfo.environment["SWIFTVMM_KILLS"].flatMap(Int.init) ?? 4
+
   /// The VMM is killed again and again while the guest writes: all that was flushed is there, nothing is torn, and QEMU finds
   /// no corruption.
   @Test(arguments: engines, ways)
@@ -147,7 +150,7 @@ struct DiskGuestTests {
     let disks = paths.map { $0 + ",format=\(way.format),cache=\(way.cache)" }
     let options = "disks=2 queue=\(way.queue) records=400 flush=8 depth=16"
     var known = (record: 0, generation: 1)
-    for round in 0..<4 {
+    for round in 0..<Self.kills {
       let process = Process()
       let output = Pipe()
       process.executableURL = URL(fileURLWithPath: VMM.path)
@@ -158,11 +161,13 @@ struct DiskGuestTests {
       process.standardOutput = output
       try process.run()
       var text = ""
-      while text.split(separator: "\n").count(where: { $0.hasPrefix("flushed") }) < 3 + round * 7 {
+      while text.split(separator: "\n").count(where: { $0.hasPrefix("flushed") }) < 3 + round % 4 * 7 {
         let data = output.fileHandleForReading.availableData
         if data.isEmpty { break }
         text += String(decoding: data, as: UTF8.self)
       }
+      // Between two flushes too.
+      if round >= 4 { usleep(.random(in: 0..<20_000)) }
       kill(process.processIdentifier, SIGKILL)
       text += String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
       process.waitUntilExit()
