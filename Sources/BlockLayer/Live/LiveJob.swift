@@ -179,18 +179,17 @@ public class LiveJob {
         fail(error)
       }
     }
+    if waitsForComplete, !isCompleting, status == .running, !isOver, pauses == 0, isSmall {
+      set(.ready)
+      graph.onJob(self, .ready)
+    }
     guard inFlight == 0, !isSettling, status != .created else { return }
     if error != nil || isCancelled {
       isSettling = true
       return end()
     }
     guard movesByItself, pauses == 0, scanned >= todo.blocks, todo.count == 0 || isNearEnd else { return }
-    if waitsForComplete, !isCompleting {
-      guard status == .running else { return }
-      set(.ready)
-      graph.onJob(self, .ready)
-      return
-    }
+    if waitsForComplete, !isCompleting { return }
     isSettling = true
     set(.waiting)
     set(.pending)
@@ -198,7 +197,10 @@ public class LiveJob {
   }
 
   /// The rest may be moved while the disk is held: a guest that writes on cannot put the end off for ever.
-  private var isNearEnd: Bool { isCompleting && todo.count <= 16 }
+  private var isNearEnd: Bool { isCompleting && isSmall }
+
+  /// So little is left that the guest may wait for it.
+  private var isSmall: Bool { scanned >= todo.blocks && (todo.count <= 1 || todo.dirtyBytes <= 1 << 20) }
 
   /// Something that the guest's writes made necessary is under way, until `endGuarded`.
   func beginGuarded() { inFlight += 1 }
@@ -293,8 +295,11 @@ struct StretchCopy {
   let source: any BlockNode
   let target: any BlockNode
   let buffer: DiskBuffer
+  /// Bytes between two parts that are copied with them, because one transfer costs less than two.
+  private static let gap: UInt64 = 16 << 10
 
-  /// Copies those parts of the range of which `isWanted` says so; `then` once.
+  /// Copies those parts of the range of which `isWanted` says so, and small gaps between them; `then` once. Nobody writes to
+  /// the range meanwhile.
   func copy(
     _ range: Range<UInt64>, where isWanted: (ChainExtent) -> Bool = { _ in true },
     then: @escaping (BlockError?) -> Void
@@ -306,7 +311,8 @@ struct StretchCopy {
         let found = try source.chainExtent(at: offset, length: range.upperBound - offset)
         let part = offset..<(offset + found.extent.length)
         if isWanted(found) {
-          if let last = parts.last, last.isZero == found.extent.isZero, last.range.upperBound == offset {
+          let gap = found.extent.isZero ? 0 : Self.gap
+          if let last = parts.last, last.isZero == found.extent.isZero, offset - last.range.upperBound <= gap {
             parts[parts.count - 1].range = last.range.lowerBound..<part.upperBound
           } else {
             parts.append((part, found.extent.isZero))
@@ -320,7 +326,8 @@ struct StretchCopy {
     let base = range.lowerBound
     let read = StretchRead { [self, parts] error in
       if let error { return then(error) }
-      let write = StretchWrite(then: then)
+      // The host reads the buffer until the last transfer ends.
+      let write = StretchWrite { [buffer] error in withExtendedLifetime(buffer) { then(error) } }
       for part in parts {
         if part.isZero {
           write.writeZeroes(target, at: part.range.lowerBound, length: UInt64(part.range.count))
