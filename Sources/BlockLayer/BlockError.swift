@@ -106,6 +106,7 @@ public enum ImageFault: Equatable, Sendable, CustomStringConvertible {
   case truncated(what: String, need: UInt64, have: UInt64)
   case version(UInt32)
   case clusterBits(UInt32)
+  case subclusters(clusterBits: UInt32)
   case headerLength(UInt32)
   case refcountOrder(UInt32)
   case misaligned(what: String, offset: UInt64)
@@ -126,6 +127,7 @@ public enum ImageFault: Equatable, Sendable, CustomStringConvertible {
     case .noMagic: "it has no qcow2 magic number"
     case .truncated(let what, let need, let have): "its \(what) needs \(need) bytes and it has \(have)"
     case .version(let version): "it is of qcow2 version \(version), and 2 and 3 are known"
+    case .subclusters(let bits): "its clusters have 2^\(bits) bytes, and extended L2 entries need 2^14"
     case .clusterBits(let bits): "its clusters have 2^\(bits) bytes, and 2^9 to 2^21 are allowed"
     case .headerLength(let length): "its header has \(length) bytes"
     case .refcountOrder(let order): "its refcounts have 2^\(order) bits, and 2^6 are the most"
@@ -150,7 +152,6 @@ public enum Unsupported: Equatable, Sendable, CustomStringConvertible {
   case features(UInt64, names: [String])
   case encryption
   case externalData
-  case extendedL2
   case dirty
   case corrupt
   case format(String)
@@ -166,7 +167,6 @@ public enum Unsupported: Equatable, Sendable, CustomStringConvertible {
         + (names.isEmpty ? "bits 0x\(String(bits, radix: 16))" : names.joined(separator: ", "))
     case .encryption: "it is encrypted; decrypt it with qemu-img convert"
     case .externalData: "it has an external data file; join them with qemu-img convert"
-    case .extendedL2: "it has extended L2 entries; convert it with qemu-img convert"
     case .dirty: "it was not closed and its refcounts may be wrong; run swiftvmm disk check --repair all"
     case .corrupt: "it is marked as corrupt; run swiftvmm disk check --repair all"
     case .format(let name): "the format \(name) is not known; raw and qcow2 are"

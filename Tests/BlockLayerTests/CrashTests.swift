@@ -13,6 +13,7 @@ struct CrashTests {
     var snapshots = false
     var cacheBytes = 1 << 20
     var backing = false
+    var extended = false
     var testDescription: String { name }
   }
 
@@ -26,10 +27,12 @@ struct CrashTests {
     Shape(name: "tiny caches", clusterSize: 512, cacheBytes: 1),
     Shape(name: "backing file", clusterSize: 2048, backing: true),
     Shape(name: "internal snapshots", clusterSize: 1024, snapshots: true),
+    Shape(name: "extended L2 entries", clusterSize: 16384, backing: true, extended: true),
+    Shape(name: "extended L2 entries and snapshots", clusterSize: 16384, snapshots: true, extended: true),
   ]
 
   static let environment = ProcessInfo.processInfo.environment
-  static let points = environment["SWIFTVMM_CRASH_POINTS"].flatMap { Int($0) } ?? 1800
+  static let points = environment["SWIFTVMM_CRASH_POINTS"].flatMap { Int($0) } ?? 2200
   static let seed = environment["SWIFTVMM_CRASH_SEED"].flatMap { UInt64($0) } ?? 4
 
   @Test(arguments: shapes)
@@ -81,6 +84,7 @@ private final class Workload {
     options.clusterSize = shape.clusterSize
     options.refcountBits = shape.refcountBits
     options.lazyRefcounts = shape.lazy
+    options.extendedL2 = shape.extended
     if shape.backing { options.backingName = "base" }
     try Qcow2Image.create(options, in: file)
     initial = file.bytes

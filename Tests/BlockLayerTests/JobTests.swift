@@ -166,6 +166,43 @@ struct JobTests {
     try target.close()
   }
 
+  /// Zeros that are written stay, although a layer below said the same and goes: a stream relies on that.
+  @Test(arguments: [false, true])
+  func writtenZeroesOutliveTheLayerBelow(extendedL2: Bool) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    var options = Qcow2CreateOptions(size: 1 << 20)
+    try create(scratch("bottom"), options, queue)
+    options.clusterSize = 4096
+    (options.backingName, options.backingFormat) = ("bottom", "qcow2")
+    try create(scratch("middle"), options, queue)
+    options = Qcow2CreateOptions(size: 1 << 20)
+    options.extendedL2 = extendedL2
+    (options.backingName, options.backingFormat) = ("middle", "qcow2")
+    try create(scratch("top"), options, queue)
+    let writable = FileAccess(writable: true)
+    let bottom = try BlockChain(path: scratch("bottom"), access: writable, queue: queue)
+    try bottom.top.fill(7, at: 0, 1 << 20, on: queue)
+    try bottom.close()
+    let middle = try BlockChain(path: scratch("middle"), access: writable, queue: queue)
+    try middle.top.perform(.writeZeroes, at: 0, length: 512 << 10, on: queue)
+    try middle.close()
+    let chain = try BlockChain(path: scratch("top"), access: writable, queue: queue)
+    // Parts of a cluster, on its parts' boundaries and not.
+    for (offset, length) in [(4096, 8192), (70_000 / 512 * 512, 20 << 10), (200 << 10, 56 << 10), (300 << 10, 512)] {
+      try chain.top.perform(.writeZeroes, at: UInt64(offset), length: UInt64(length), on: queue)
+      let image = try #require(chain.layers[0].qcow2)
+      let below = image.backing
+      image.backing = nil
+      let bottom = try BlockChain(path: scratch("bottom"), queue: queue)
+      image.backing = bottom.top
+      #expect(try chain.top.contents(at: UInt64(offset), length, on: queue).allSatisfy { $0 == 0 })
+      image.backing = below
+      try bottom.close()
+    }
+    try chain.close()
+  }
+
   @Test(arguments: [UInt64(512), 65536])
   func resizedDisksReadZerosWhereTheyGrew(clusterSize: UInt64) throws {
     let scratch = Scratch()

@@ -94,10 +94,14 @@ struct MalformedTests {
   @Test func nothingTrapsOnChangedBytes() throws {
     let images = try [
       Self.image(), Self.image { $0.refcountBits = 1 << 6 }, Self.image { $0.lazyRefcounts = true },
+      Self.image {
+        $0.clusterSize = 16384
+        $0.extendedL2 = true
+      },
     ]
     var generator = SeededGenerator(77)
     var opened = 0
-    for round in 0..<600 {
+    for round in 0..<800 {
       var bytes = images[round % images.count]
       for _ in 0..<Int.random(in: 1...6, using: &generator) {
         let area = Bool.random(using: &generator) ? 128 : bytes.count

@@ -10,11 +10,21 @@ struct QemuTests {
   /// Random requests through us; qemu-img finds the image clean and the bytes equal.
   @Test(arguments: clusterSizes, [UInt64(1), 2, 4, 8, 16, 32, 64])
   func whatWeWriteQemuReads(clusterSize: UInt64, refcountBits: UInt64) throws {
+    try whatWeWriteQemuReads(clusterSize: clusterSize, refcountBits: refcountBits, extendedL2: false)
+  }
+
+  @Test(arguments: [UInt64(16384), 65536, 2 << 20])
+  func subclustersThatWeWriteQemuReads(clusterSize: UInt64) throws {
+    try whatWeWriteQemuReads(clusterSize: clusterSize, refcountBits: 16, extendedL2: true)
+  }
+
+  private func whatWeWriteQemuReads(clusterSize: UInt64, refcountBits: UInt64, extendedL2: Bool) throws {
     let scratch = Scratch()
     let size = 4 << 20
     var options = Qcow2CreateOptions(size: UInt64(size))
     options.clusterSize = clusterSize
     options.refcountBits = refcountBits
+    options.extendedL2 = extendedL2
     let path = scratch("ours.qcow2")
     var expected = [UInt8](repeating: 0, count: size)
     try makeImage(path, options) { node, queue in
@@ -41,10 +51,84 @@ struct QemuTests {
   /// qemu-io writes patterns; we find the image clean and read them.
   @Test(arguments: clusterSizes, ["zlib", "zstd"])
   func whatQemuWritesWeRead(clusterSize: UInt64, compression: String) throws {
+    try whatQemuWritesWeRead("cluster_size=\(clusterSize),compression_type=\(compression)")
+  }
+
+  @Test(arguments: [16384, 65536, 2 << 20])
+  func subclustersThatQemuWritesWeRead(clusterSize: Int) throws {
+    try whatQemuWritesWeRead("cluster_size=\(clusterSize),extended_l2=on")
+  }
+
+  /// An overlay of ours with subclusters: qemu-img maps it as we do, and merges it.
+  @Test(arguments: [false, true])
+  func overlaysWithSubclustersAreQemusToo(isOurs: Bool) throws {
+    let scratch = Scratch()
+    let base = scratch("base")
+    try #require(host("qemu-img", "create", "-q", "-f", "qcow2", base, "4M").status == 0)
+    try #require(host("qemu-io", "-c", "write -P 0x55 0 3M", base).status == 0)
+    let path = scratch("overlay")
+    var expected = [UInt8](repeating: 0x55, count: 3 << 20) + [UInt8](repeating: 0, count: 1 << 20)
+    var generator = SeededGenerator(isOurs ? 5 : 6)
+    var writes: [(offset: Int, length: Int, value: UInt8)] = []
+    for _ in 0..<80 {
+      let offset = Int.random(in: 0..<8192, using: &generator) * 512
+      let length = min((4 << 20) - offset, Int.random(in: 1..<80, using: &generator) * 512)
+      let value = UInt8.random(in: 0...9, using: &generator)
+      writes.append((offset, length, value))
+      for index in offset..<(offset + length) { expected[index] = value }
+    }
+    if isOurs {
+      var options = Qcow2CreateOptions(size: 4 << 20)
+      options.extendedL2 = true
+      options.backingName = "base"
+      options.backingFormat = "qcow2"
+      let queue = try makeIOQueue()
+      try HostFile.create(path)
+      let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+      try Qcow2Image.create(options, in: file)
+      file.close()
+      let chain = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
+      for write in writes {
+        if write.value == 0 {
+          try chain.top.perform(.writeZeroes, at: UInt64(write.offset), length: UInt64(write.length), on: queue)
+        } else {
+          try chain.top.fill(write.value, at: UInt64(write.offset), write.length, on: queue)
+        }
+      }
+      try chain.close()
+    } else {
+      let made = try host(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "-b", base, "-F", "qcow2", path)
+      try #require(made.status == 0, "\(made.output)")
+      let commands = writes.flatMap { write in
+        ["-c", "write \(write.value == 0 ? "-z" : "-P \(write.value)") \(write.offset) \(write.length)"]
+      }
+      let written = try host("qemu-io", commands + [path])
+      try #require(written.status == 0, "\(written.output)")
+    }
+    try Data(expected).write(to: URL(fileURLWithPath: scratch("raw")))
+    let compared = try host("qemu-img", "compare", "-F", "raw", path, scratch("raw"))
+    #expect(compared.status == 0, "\(compared.output)")
+    let checked = try host("qemu-img", "check", path)
+    #expect(checked.status == 0, "\(checked.output)")
+    let queue = try makeIOQueue()
+    let chain = try BlockChain(path: path, queue: queue)
+    #expect(try chain.top.contents(at: 0, 4 << 20, on: queue) == expected)
+    let image = try #require(chain.layers[0].qcow2)
+    #expect(image.hasExtendedL2)
+    #expect(try image.check().isClean)
+    try chain.close()
+    let merged = try host("qemu-img", "commit", "-q", path)
+    #expect(merged.status == 0, "\(merged.output)")
+    let again = try host("qemu-img", "compare", "-F", "raw", base, scratch("raw"))
+    #expect(again.status == 0, "\(again.output)")
+  }
+
+  private func whatQemuWritesWeRead(_ options: String) throws {
     let scratch = Scratch()
     let path = scratch("theirs.qcow2")
     let made = try host(
-      "qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=\(clusterSize),compression_type=\(compression)", path,
+      "qemu-img", "create", "-f", "qcow2", "-o", options, path,
       "8M")
     #expect(made.status == 0, "\(made.output)")
     let written = try host(

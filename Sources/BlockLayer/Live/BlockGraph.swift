@@ -256,6 +256,8 @@ public final class BlockGraph {
     _ path: String, _ header: OverlayHeader, queue: any IOQueue
   ) throws(BlockError) {
     var options = Qcow2CreateOptions(size: header.size)
+    // A guest's small writes do not copy whole clusters from below.
+    options.extendedL2 = true
     options.backingName = reference(to: header.backing.path, from: path)
     options.backingFormat = header.backing.format.rawValue
     try HostFile.create(path)

@@ -124,8 +124,13 @@ struct Qcow2Checker {
   private mutating func countL2Tables() throws(BlockError) {
     for (table, weight) in tables where table < image.file.length {
       for index in 0..<Int(image.header.l2Entries) {
-        let entry = try image.l2Value(table, index)
-        guard entry != 0 else { continue }
+        let value = try image.l2Value(table, index)
+        let entry = value.descriptor
+        guard value != Qcow2L2Entry() else { continue }
+        if image.hasExtendedL2, !value.isSound {
+          report.corruptions += 1
+          report.note("an L2 entry is 0x\(String(entry, radix: 16)), its bitmap 0x\(String(value.bits, radix: 16))")
+        }
         if entry & Qcow2Entry.compressed != 0 {
           if entry & Qcow2Entry.copied != 0 {
             report.corruptions += 1
@@ -190,7 +195,7 @@ struct Qcow2Checker {
       // As qemu-img has it: table by table.
       var expected: UInt64 = 0
       for index in 0..<Int(image.header.l2Entries) {
-        let entry = try image.l2Value(table, index)
+        let entry = try image.l2Value(table, index).descriptor
         guard entry & (Qcow2Entry.offsetMask | Qcow2Entry.compressed) != 0 else { continue }
         report.allocatedClusters += 1
         if entry & Qcow2Entry.compressed != 0 {

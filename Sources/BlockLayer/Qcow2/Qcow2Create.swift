@@ -10,6 +10,8 @@ public struct Qcow2CreateOptions: Sendable {
   public var refcountBits: UInt64 = 16
   /// Refcounts are put right after a crash instead of being kept right.
   public var lazyRefcounts = false
+  /// Parts of a cluster, a 32nd each, are allocated one by one, so that a small write copies little from below.
+  public var extendedL2 = false
   /// How clusters are compressed.
   public var compression = CompressionType.zlib
   /// The backing file's name as it is stored.
@@ -35,9 +37,15 @@ extension Qcow2Image {
     guard options.version == 2 || options.version == 3 else {
       throw .invalid(what: "version", value: "\(options.version)", expected: "2 or 3")
     }
-    if options.version == 2, options.refcountBits != 16 || options.lazyRefcounts || options.compression != .zlib {
+    let needsVersion3 = options.refcountBits != 16 || options.lazyRefcounts || options.compression != .zlib
+    if options.version == 2, needsVersion3 || options.extendedL2 {
       throw .invalid(
-        what: "version", value: "2", expected: "3 for refcounts of other widths, lazy refcounts and zstd")
+        what: "version", value: "2",
+        expected: "3 for refcounts of other widths, lazy refcounts, zstd and extended L2 entries")
+    }
+    if options.extendedL2, options.clusterSize < 16384 {
+      throw .invalid(
+        what: "cluster size", value: "\(options.clusterSize)", expected: "16384 or more with extended L2 entries")
     }
     header.version = options.version
     header.clusterBits = UInt32(options.clusterSize.trailingZeroBitCount)
@@ -45,6 +53,7 @@ extension Qcow2Image {
     header.size = options.size.roundedUp(to: 512)
     header.backingName = options.backingName
     if options.lazyRefcounts { header.compatible |= Qcow2Header.Compatible.lazyRefcounts }
+    if options.extendedL2 { header.incompatible |= Qcow2Header.Incompatible.extendedL2 }
     if options.compression != .zlib {
       header.incompatible |= Qcow2Header.Incompatible.compressionType
       header.compressionType = options.compression.rawValue
@@ -138,7 +147,7 @@ extension Qcow2Image {
       let (host, count, _) = try refcounts.allocate(upTo: wanted)
       for index in 0..<count {
         let distance = index << clusterBits
-        try setL2Entry(for: offset + distance, (host + distance) | Qcow2Entry.copied)
+        try setL2Entry(for: offset + distance, dataEntry(host + distance))
       }
       offset += count << clusterBits
       end = max(end, host + (count << clusterBits))
@@ -172,9 +181,11 @@ extension Qcow2Image {
     try file.writeArray(at: host, packed)
     let shift = 62 - (clusterBits - 8)
     let old = try l2Entry(for: offset)
-    try setL2Entry(for: offset, Qcow2Entry.compressed | sectors << shift | host)
+    let new = Qcow2L2Entry(descriptor: Qcow2Entry.compressed | sectors << shift | host)
+    try setL2Entry(for: offset, new)
     // A host cluster that both forms name is kept by one reference each.
-    for cluster in hostClusters(old) where hostClusters(try l2Entry(for: offset)).contains(cluster) { free(cluster) }
+    let named = hostClusters(new.descriptor)
+    for cluster in hostClusters(old.descriptor) where named.contains(cluster) { free(cluster) }
     limitDirtyTables()
     return true
   }

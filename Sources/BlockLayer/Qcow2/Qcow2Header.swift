@@ -62,8 +62,12 @@ struct Qcow2Header: Equatable {
   var extensions: [Extension] = []
 
   var clusterSize: UInt64 { 1 << UInt64(clusterBits) }
+  /// L2 entries have a second word, with two bits for each 32nd of a cluster ("Extended L2 Entries").
+  var hasExtendedL2: Bool { incompatible & Incompatible.extendedL2 != 0 }
+  /// Bytes of an L2 entry.
+  var l2EntrySize: UInt64 { hasExtendedL2 ? 16 : 8 }
   /// Entries of an L2 table.
-  var l2Entries: UInt64 { clusterSize / 8 }
+  var l2Entries: UInt64 { clusterSize / l2EntrySize }
   /// Bytes of the disk that one L1 entry stands for.
   var l2Coverage: UInt64 { clusterSize * l2Entries }
   var refcountBits: Int { 1 << Int(refcountOrder) }
@@ -175,7 +179,9 @@ extension Qcow2Header {
     }
     guard encryptionMethod == 0 else { throw .unsupported(path: file.path, .encryption) }
     guard incompatible & Incompatible.externalData == 0 else { throw .unsupported(path: file.path, .externalData) }
-    guard incompatible & Incompatible.extendedL2 == 0 else { throw .unsupported(path: file.path, .extendedL2) }
+    guard !hasExtendedL2 || clusterBits >= 14 else {
+      throw .malformed(path: file.path, .subclusters(clusterBits: clusterBits))
+    }
     let named = incompatible & Incompatible.compressionType != 0
     guard named ? compressionType == 1 : compressionType == 0 else {
       throw .malformed(path: file.path, .compression(type: compressionType))
@@ -289,6 +295,31 @@ extension Qcow2Header {
       [type, bit] + Array(name.utf8) + [UInt8](repeating: 0, count: 46 - name.utf8.count)
     }
   }()
+}
+
+/// An L2 entry: where a cluster is, and in an image with extended L2 entries the state of its subclusters.
+struct Qcow2L2Entry: Equatable {
+  /// Subclusters of a cluster.
+  static let subclusters: UInt64 = 32
+  /// Every subcluster has data.
+  static let allData: UInt64 = 0xffff_ffff
+  /// Every subcluster reads as zeros.
+  static let allZeros: UInt64 = 0xffff_ffff << 32
+
+  var descriptor: UInt64 = 0
+  /// Bits 0-31: a subcluster has data; bits 32-63: it reads as zeros. 0 without extended entries.
+  var bits: UInt64 = 0
+
+  var host: UInt64 { descriptor & Qcow2Entry.offsetMask }
+  var isCompressed: Bool { descriptor & Qcow2Entry.compressed != 0 }
+  /// A cluster that nothing else refers to.
+  var isOwn: Bool { host != 0 && !isCompressed && descriptor & Qcow2Entry.copied != 0 }
+  /// Whether the bits of an extended entry can be true.
+  var isSound: Bool {
+    if isCompressed { return bits == 0 }
+    return descriptor & Qcow2Entry.zero == 0 && bits & bits >> 32 & Self.allData == 0
+      && (host != 0 || bits & Self.allData == 0)
+  }
 }
 
 /// Bits of L1, L2 and refcount table entries ("Cluster mapping").

@@ -24,6 +24,10 @@ public final class Qcow2Image: BlockNode {
   let clusterBits: UInt64
   /// Bytes of a cluster.
   public let clusterSize: UInt64
+  /// A cluster's parts may be allocated one by one.
+  public let hasExtendedL2: Bool
+  /// The smallest unit of allocation: a 32nd of a cluster with extended L2 entries, else a cluster.
+  let subclusterBits: UInt64
 
   // Tables.
   var l1: [UInt64]
@@ -57,6 +61,8 @@ public final class Qcow2Image: BlockNode {
     self.options = options
     clusterBits = UInt64(header.clusterBits)
     clusterSize = header.clusterSize
+    hasExtendedL2 = header.hasExtendedL2
+    subclusterBits = UInt64(header.clusterBits) - (header.hasExtendedL2 ? 5 : 0)
     l1 = try Self.readTable(file, at: header.l1Offset, entries: UInt64(header.l1Entries))
     let unit = Int(min(clusterSize, 4096))
     l2Cache = TableCache(unit: unit, bytes: options.l2CacheBytes)

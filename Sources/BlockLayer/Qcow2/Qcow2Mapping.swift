@@ -23,7 +23,7 @@ extension Qcow2Image {
   }
 
   private func l2Place(in table: UInt64, for offset: UInt64) throws(BlockError) -> (place: Int, index: Int) {
-    let byte = (offset >> clusterBits) % header.l2Entries * 8
+    let byte = (offset >> clusterBits) % header.l2Entries * header.l2EntrySize
     let unit = UInt64(l2Cache.unit)
     return (try l2Load(table + byte.roundedDown(to: unit)), Int(byte % unit))
   }
@@ -48,12 +48,49 @@ extension Qcow2Image {
   }
 
   /// The entry of one cluster; 0 where there is no L2 table.
-  func l2Entry(for offset: UInt64) throws(BlockError) -> UInt64 {
-    guard let (place, index) = try l2Place(for: offset) else { return 0 }
-    return l2Cache.bytes(place).bigEndian64(index)
+  func l2Entry(for offset: UInt64) throws(BlockError) -> Qcow2L2Entry {
+    guard let (place, index) = try l2Place(for: offset) else { return Qcow2L2Entry() }
+    return l2Entry(place, index)
   }
 
-  func interpret(_ entry: UInt64, at offset: UInt64) throws(BlockError) -> Qcow2Mapping {
+  /// The entry at a byte of a piece of a table.
+  func l2Entry(_ place: Int, _ index: Int) -> Qcow2L2Entry {
+    let bytes = l2Cache.bytes(place)
+    return Qcow2L2Entry(
+      descriptor: bytes.bigEndian64(index), bits: hasExtendedL2 ? bytes.bigEndian64(index + 8) : 0)
+  }
+
+  private func store(_ entry: Qcow2L2Entry, _ place: Int, _ index: Int) {
+    l2Cache.bytes(place).storeBigEndian(entry.descriptor, index)
+    if hasExtendedL2 { l2Cache.bytes(place).storeBigEndian(entry.bits, index + 8) }
+    l2Cache.markDirty(place)
+  }
+
+  /// The entry of a cluster that holds data all over and that nothing else refers to.
+  func dataEntry(_ host: UInt64) -> Qcow2L2Entry {
+    Qcow2L2Entry(descriptor: host | Qcow2Entry.copied, bits: hasExtendedL2 ? Qcow2L2Entry.allData : 0)
+  }
+
+  /// The state `within` bytes into a cluster, and how many bytes of the cluster from there on share it.
+  private func state(
+    _ entry: Qcow2L2Entry, _ within: UInt64
+  ) throws(BlockError) -> (mapping: Qcow2Mapping, length: UInt64) {
+    guard hasExtendedL2 else { return (try interpret(entry.descriptor).advanced(by: within), clusterSize - within) }
+    guard entry.isSound else { throw noteDamage(.reservedBits(what: "extended L2 entry's bitmap", value: entry.bits)) }
+    let whole = try interpret(entry.descriptor)
+    if entry.isCompressed { return (whole, clusterSize - within) }
+    let first = within >> subclusterBits
+    let data = entry.bits >> first
+    let zero = entry.bits >> (32 + first)
+    let changes = data & 1 != 0 ? ~data : zero & 1 != 0 ? ~zero : data | zero
+    let last = min(first + UInt64(changes.trailingZeroBitCount), Qcow2L2Entry.subclusters)
+    let length = last << subclusterBits - within
+    if data & 1 != 0 { return (whole.advanced(by: within), length) }
+    if zero & 1 != 0 { return (.zero(host: entry.host == 0 ? 0 : entry.host + within), length) }
+    return (.unallocated, length)
+  }
+
+  private func interpret(_ entry: UInt64) throws(BlockError) -> Qcow2Mapping {
     if entry & Qcow2Entry.compressed != 0 { return .compressed(entry: entry) }
     if entry & Qcow2Entry.zero != 0, header.version >= 3 { return .zero(host: entry & Qcow2Entry.offsetMask) }
     let host = entry & Qcow2Entry.offsetMask
@@ -66,23 +103,21 @@ extension Qcow2Image {
   /// The state at `offset` and how many bytes from there on share it, in a row in the file too; `length` at most.
   func map(_ offset: UInt64, _ length: UInt64) throws(BlockError) -> (mapping: Qcow2Mapping, length: UInt64) {
     let within = offset & (clusterSize - 1)
-    let first = offset - within
     guard let (place, index) = try l2Place(for: offset) else {
       let toNextTable = header.l2Coverage - offset % header.l2Coverage
       return (.unallocated, min(length, toNextTable))
     }
-    let table = l2Cache.bytes(place)
-    var mapping = try interpret(table.bigEndian64(index), at: first)
-    if case .compressed = mapping { return (mapping, min(length, clusterSize - within)) }
-    var covered = clusterSize
-    var next = index + 8
-    while next < l2Cache.unit, covered < within + length {
-      guard try interpret(table.bigEndian64(next), at: first) == mapping.advanced(by: covered) else { break }
-      covered += clusterSize
-      next += 8
+    let (mapping, first) = try state(l2Entry(place, index), within)
+    if case .compressed = mapping { return (mapping, min(length, first)) }
+    var covered = first
+    var next = index + Int(header.l2EntrySize)
+    while next < l2Cache.unit, covered < length, (within + covered) & (clusterSize - 1) == 0 {
+      let (more, count) = try state(l2Entry(place, next), 0)
+      guard more == mapping.advanced(by: covered) else { break }
+      covered += count
+      next += Int(header.l2EntrySize)
     }
-    mapping = mapping.advanced(by: within)
-    return (mapping, min(length, covered - within))
+    return (mapping, min(length, covered))
   }
 
   /// Where a compressed cluster's bytes are: whole sectors that may begin within one.
@@ -104,15 +139,14 @@ extension Qcow2Image {
   }
 
   /// Sets one cluster's entry and gives up what the old one referred to.
-  func setL2Entry(for offset: UInt64, _ entry: UInt64) throws(BlockError) {
+  func setL2Entry(for offset: UInt64, _ entry: Qcow2L2Entry) throws(BlockError) {
     try makeL2Writable(for: offset)
     guard let (place, index) = try l2Place(for: offset) else { return }
-    let old = l2Cache.bytes(place).bigEndian64(index)
+    let old = l2Entry(place, index)
     guard old != entry else { return }
-    l2Cache.bytes(place).storeBigEndian(entry, index)
-    l2Cache.markDirty(place)
-    let named = hostClusters(entry)
-    for cluster in hostClusters(old) where !named.contains(cluster) { free(cluster) }
+    store(entry, place, index)
+    let named = hostClusters(entry.descriptor)
+    for cluster in hostClusters(old.descriptor) where !named.contains(cluster) { free(cluster) }
   }
 
   /// Begins a write-back when tables have become dirty in numbers, so that no request has to wait for all of them.

@@ -162,6 +162,7 @@ final class Qcow2Refcounts {
   /// One reference more.
   func retain(_ cluster: UInt64) throws(BlockError) {
     let count = try count(cluster)
+    guard count > 0 else { throw fault(.refcount(cluster: cluster, value: 0)) }
     guard count < maximum else { throw .unsupported(path: file.path, .refcountOverflow(bits: bits)) }
     try set(cluster, count + 1)
   }

@@ -106,19 +106,33 @@ final class Qcow2Read: Qcow2Request {
   }
 }
 
-/// Clusters that are being allocated: their data is on its way, and no table names them yet.
+/// Clusters that are being allocated: their data is on its way, and no table names them yet. Or parts of one cluster, of which
+/// no table says yet that they have data.
 final class Qcow2Allocation {
   /// The first cluster of the disk, and the host cluster for it.
   let guest: UInt64
   let host: UInt64
   let count: UInt64
+  /// Subclusters that are being written, by bit; 0 for whole clusters.
+  var parts: UInt64
+  /// A table names the cluster.
+  var isNamed = false
   /// Requests that go on when the tables name the clusters.
-  var waiters: [() -> Void] = []
+  private var waiters: [() -> Void] = []
 
-  init(guest: UInt64, host: UInt64, count: UInt64) {
+  init(guest: UInt64, host: UInt64, count: UInt64, parts: UInt64 = 0) {
     self.guest = guest
     self.host = host
     self.count = count
+    self.parts = parts
+  }
+
+  func wait(_ waiter: @escaping () -> Void) { waiters.append(waiter) }
+
+  func wake() {
+    let woken = waiters
+    waiters = []
+    for waiter in woken { waiter() }
   }
 }
 
@@ -130,8 +144,8 @@ final class Qcow2Write: Qcow2Request {
         let (mapping, length) = try image.map(position, rest)
         if case .data(let host, true) = mapping {
           try writeInPlace(host, length)
-        } else if let other = image.allocations[position >> image.clusterBits] {
-          other.waiters.append { [self] in advance() }
+        } else if let other = image.allocations[position >> image.clusterBits], isInTheWay(other) {
+          other.wait { [self] in advance() }
           return
         } else {
           try allocate()
@@ -142,6 +156,12 @@ final class Qcow2Write: Qcow2Request {
       }
     }
     end(nil)
+  }
+
+  /// Whether an allocation under way is of what is to be written next.
+  private func isInTheWay(_ other: Qcow2Allocation) -> Bool {
+    let part = (position & (image.clusterSize - 1)) >> image.subclusterBits
+    return other.parts == 0 || other.parts >> part & 1 != 0
   }
 
   private func writeInPlace(_ host: UInt64, _ length: UInt64) throws(BlockError) {
@@ -155,47 +175,94 @@ final class Qcow2Write: Qcow2Request {
     done += length
   }
 
-  /// New clusters for as much of the rest as can be had in a row.
+  /// Room for the next bytes that have none of their own.
   private func allocate() throws(BlockError) {
     let bits = image.clusterBits
-    let first = position >> bits
     let last = (request.offset + request.length - 1) >> bits
+    guard image.hasExtendedL2 else { return try allocateClusters(upTo: last - position >> bits + 1) }
+    let entry = try image.l2Entry(for: position)
+    if let other = image.allocations[position >> bits] { return try allocateParts(of: other, entry) }
+    if entry.isOwn {
+      let allocation = Qcow2Allocation(guest: position >> bits, host: entry.host >> bits, count: 1)
+      allocation.isNamed = true
+      return try allocateParts(of: allocation, entry)
+    }
+    if entry.host != 0 || entry.isCompressed { return try allocateClusters(upTo: 1) }
+    // As much as is written whole; parts for the rest.
+    let whole = position & (image.clusterSize - 1) == 0 ? rest >> bits : 0
+    if whole > 0 { return try allocateClusters(upTo: whole) }
+    let host = try image.refcounts.allocate(upTo: 1).offset
+    try allocateParts(of: Qcow2Allocation(guest: position >> bits, host: host >> bits, count: 1), entry)
+  }
+
+  /// New clusters for as much of the rest as can be had in a row, `most` of them.
+  private func allocateClusters(upTo most: UInt64) throws(BlockError) {
+    let bits = image.clusterBits
+    let first = position >> bits
     var wanted: UInt64 = 1
-    while first + wanted <= last, wanted < 256 {
+    while wanted < min(most, 256) {
       if image.allocations[first + wanted] != nil { break }
-      if case .data(_, true) = try image.map((first + wanted) << bits, 1).mapping { break }
+      if try image.l2Entry(for: (first + wanted) << bits).isOwn { break }
       wanted += 1
     }
     let (host, count, isFresh) = try image.refcounts.allocate(upTo: wanted)
     let allocation = Qcow2Allocation(guest: first, host: host >> bits, count: count)
     for cluster in first..<(first + count) { image.allocations[cluster] = allocation }
-    let length = min(rest, ((first + count) << bits) - position)
+    write(in: (first << bits)..<((first + count) << bits), host: host, isFresh: isFresh) { [self] error in
+      name(allocation, error)
+    }
+  }
+
+  /// Parts of a cluster that has its place: as many in a row as have no data and are not being written.
+  private func allocateParts(of allocation: Qcow2Allocation, _ entry: Qcow2L2Entry) throws(BlockError) {
+    let (bits, partBits) = (image.clusterBits, image.subclusterBits)
+    let cluster = allocation.guest
+    guard !image.refcounts.isMetadata(cluster: allocation.host) else {
+      throw image.noteDamage(.overlap(what: "tables", offset: allocation.host << bits))
+    }
+    let first = (position & (image.clusterSize - 1)) >> partBits
+    let end = min(position + rest, (cluster + 1) << bits) - cluster << bits
+    var last = first
+    while (last + 1) << partBits < end, (entry.bits | allocation.parts) >> (last + 1) & 1 == 0 { last += 1 }
+    let parts = (1 << (last + 1)) - (1 << first) as UInt64
+    allocation.parts |= parts
+    image.allocations[cluster] = allocation
+    let start = cluster << bits
+    let range = (start + first << partBits)..<(start + (last + 1) << partBits)
+    write(in: range, host: allocation.host << bits + first << partBits, isFresh: false) { [self] error in
+      name(parts, of: allocation, error)
+    }
+  }
+
+  /// Writes what the request has for a range of new room, with what was there around it.
+  private func write(
+    in range: Range<UInt64>, host: UInt64, isFresh: Bool, then finish: @escaping (BlockError?) -> Void
+  ) {
+    let length = min(rest, range.upperBound - position)
     let start = Int(done)
+    let edges = CopiedEdges(image, around: position, length, in: range, isFresh: isFresh)
     done += length
     begin()
-    let edges = CopiedEdges(
-      image, around: request.offset + UInt64(start), length, in: (first << bits)..<((first + count) << bits),
-      isFresh: isFresh)
     edges.fill { [self] error in
-      guard error == nil else { return finish(allocation, error) }
+      guard error == nil else { return finish(error) }
       let written = edges.written
       transfer(
         .write, host: host + written.lowerBound, length: UInt64(written.count),
         memory: { edges.append(to: &$0, around: request.memory, from: start, length: Int(length)) },
         // The host reads the edges' buffers until the transfer ends.
-        then: { [self, edges] error in withExtendedLifetime(edges) { finish(allocation, error) } })
+        then: { error in withExtendedLifetime(edges) { finish(error) } })
     }
   }
 
   /// The data is in the file: the tables may name it.
-  private func finish(_ allocation: Qcow2Allocation, _ error: BlockError?) {
+  private func name(_ allocation: Qcow2Allocation, _ error: BlockError?) {
     var error = error
     var linked: UInt64 = 0
     if error == nil {
       do throws(BlockError) {
         while linked < allocation.count {
           let host = (allocation.host + linked) << image.clusterBits
-          try image.setL2Entry(for: (allocation.guest + linked) << image.clusterBits, host | Qcow2Entry.copied)
+          try image.setL2Entry(for: (allocation.guest + linked) << image.clusterBits, image.dataEntry(host))
           linked += 1
         }
       } catch let failure {
@@ -204,9 +271,36 @@ final class Qcow2Write: Qcow2Request {
     }
     for cluster in linked..<allocation.count { image.free(allocation.host + cluster) }
     for cluster in 0..<allocation.count { image.allocations[allocation.guest + cluster] = nil }
+    finish(allocation, error)
+  }
+
+  /// The parts' data is in the file: their bits may say so.
+  private func name(_ parts: UInt64, of allocation: Qcow2Allocation, _ error: BlockError?) {
+    var error = error
+    if error == nil {
+      do throws(BlockError) {
+        let offset = allocation.guest << image.clusterBits
+        var entry = try image.l2Entry(for: offset)
+        entry.descriptor = allocation.host << image.clusterBits | Qcow2Entry.copied
+        entry.bits = (entry.bits | parts) & ~(parts << 32)
+        try image.setL2Entry(for: offset, entry)
+      } catch let failure {
+        error = failure
+      }
+    }
+    allocation.parts &= ~parts
+    if error == nil { allocation.isNamed = true }
+    if allocation.parts == 0 {
+      image.allocations[allocation.guest] = nil
+      if !allocation.isNamed { image.free(allocation.host) }
+    }
+    finish(allocation, error)
+  }
+
+  private func finish(_ allocation: Qcow2Allocation, _ error: BlockError?) {
     image.limitDirtyTables()
     end(error)
-    for waiter in allocation.waiters { waiter() }
+    allocation.wake()
   }
 }
 
@@ -304,6 +398,21 @@ private final class CopiedEdges {
 }
 
 extension Qcow2Image {
+  /// Whether this image alone, without those below, says that a range reads as zeros.
+  fileprivate func saysZero(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool {
+    var done: UInt64 = 0
+    while done < length {
+      let (mapping, covered) = try map(offset + done, length - done)
+      switch mapping {
+      case .zero: break
+      case .unallocated where backing == nil: break
+      default: return false
+      }
+      done += covered
+    }
+    return true
+  }
+
   /// Whether metadata alone says that a range reads as zeros.
   public func isZero(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool {
     var done: UInt64 = 0
@@ -346,14 +455,13 @@ final class Qcow2Zero: Qcow2Request {
         let within = position & (size - 1)
         // The disk's last cluster is whole where the disk ends.
         let toEnd = position + rest == image.size ? rest.roundedUp(to: size) : rest
-        if within != 0 || toEnd < size {
-          try zeroEdge(min(rest, size - within))
-        } else if let other = image.allocations[position >> image.clusterBits] {
-          other.waiters.append { [self] in advance() }
+        let isEdge = within != 0 || toEnd < size
+        let waits = !isEdge || image.hasExtendedL2
+        if waits, let other = image.allocations[position >> image.clusterBits] {
+          other.wait { [self] in advance() }
           return
-        } else {
-          try zeroClusters()
         }
+        if isEdge { try zeroEdge(min(rest, size - within)) } else { try zeroClusters() }
       } catch {
         begin()
         end(error)
@@ -363,11 +471,34 @@ final class Qcow2Zero: Qcow2Request {
     end(nil)
   }
 
-  private func zeroEdge(_ length: UInt64) throws(BlockError) {
+  /// Bytes of one cluster: whole parts by their bits, others as data.
+  private func zeroEdge(_ most: UInt64) throws(BlockError) {
     let offset = position
+    guard request.operation == .writeZeroes else { return done += most }
+    var length = most
+    if image.hasExtendedL2 {
+      let part = 1 << image.subclusterBits as UInt64
+      let within = offset & (part - 1)
+      if within == 0, most >= part, try zeroParts(most >> image.subclusterBits) {
+        return done += most.roundedDown(to: part)
+      }
+      length = min(most, part - within)
+    }
     done += length
-    guard request.operation == .writeZeroes, !(try image.isZero(at: offset, length: length)) else { return }
+    // What only a layer below says must not be relied on: that layer may go.
+    guard !(try image.saysZero(at: offset, length: length)) else { return }
     writeZeros(offset, length)
+  }
+
+  /// Sets the bits of so many subclusters from the position on; false where the cluster has to be written anew.
+  private func zeroParts(_ count: UInt64) throws(BlockError) -> Bool {
+    var entry = try image.l2Entry(for: position)
+    guard !entry.isCompressed, entry.host == 0 || entry.isOwn else { return false }
+    let first = (position & (image.clusterSize - 1)) >> image.subclusterBits
+    let parts = ((1 << count) - 1 as UInt64) << first
+    entry.bits = entry.bits & ~parts | parts << 32
+    try image.setL2Entry(for: position, entry)
+    return true
   }
 
   private func writeZeros(_ offset: UInt64, _ length: UInt64) {
@@ -387,21 +518,26 @@ final class Qcow2Zero: Qcow2Request {
     let (mapping, length) = try image.map(position, whole)
     let hasZeroFlag = image.header.version >= 3
     // What lies below must not show through.
-    let entry: UInt64 = image.backing == nil ? 0 : Qcow2Entry.zero
+    let entry =
+      image.backing == nil
+      ? Qcow2L2Entry()
+      : image.hasExtendedL2 ? Qcow2L2Entry(bits: Qcow2L2Entry.allZeros) : Qcow2L2Entry(descriptor: Qcow2Entry.zero)
+    // Of a cluster in several states all is set at once.
+    let alike = length < whole ? length.roundedDown(to: size) : length
     switch mapping {
-    case .zero: done += length
-    case .unallocated where image.backing == nil: done += length
-    case .unallocated where request.operation == .discard: done += length
+    case .zero where alike > 0: done += alike
+    case .unallocated where alike > 0 && image.backing == nil: done += alike
+    case .unallocated where alike > 0 && request.operation == .discard: done += alike
     default:
-      if entry != 0, !hasZeroFlag {
-        let part = min(length, size)
+      let part = min(whole, size)
+      if image.backing != nil, !hasZeroFlag {
         let offset = position
         done += part
         if request.operation == .writeZeroes { writeZeros(offset, part) }
         return
       }
       try image.setL2Entry(for: position, entry)
-      done += min(length, size)
+      done += part
     }
   }
 }

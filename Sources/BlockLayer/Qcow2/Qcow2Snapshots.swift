@@ -215,7 +215,9 @@ extension Qcow2Image {
       let offset = entry & Qcow2Entry.offsetMask
       guard offset != 0 else { continue }
       for index in 0..<Int(header.l2Entries) {
-        for cluster in hostClusters(try l2Value(offset, index)) { try changeReference(of: cluster, by: change) }
+        for cluster in hostClusters(try l2Value(offset, index).descriptor) {
+          try changeReference(of: cluster, by: change)
+        }
       }
       try changeReference(of: offset >> clusterBits, by: change)
     }
@@ -228,10 +230,10 @@ extension Qcow2Image {
     }
   }
 
-  func l2Value(_ table: UInt64, _ index: Int) throws(BlockError) -> UInt64 {
-    let byte = index * 8
+  func l2Value(_ table: UInt64, _ index: Int) throws(BlockError) -> Qcow2L2Entry {
+    let byte = index * Int(header.l2EntrySize)
     let place = try l2Load(table + UInt64(byte / l2Cache.unit * l2Cache.unit))
-    return l2Cache.bytes(place).bigEndian64(byte % l2Cache.unit)
+    return l2Entry(place, byte % l2Cache.unit)
   }
 
   /// Makes the flags of the active tables agree with the refcounts.
@@ -246,12 +248,12 @@ extension Qcow2Image {
         dirtyL1.mark(entry: l1Index)
       }
       for index in 0..<Int(header.l2Entries) {
-        let value = try l2Value(table, index)
+        let value = try l2Value(table, index).descriptor
         guard value & Qcow2Entry.compressed == 0, value & Qcow2Entry.offsetMask != 0 else { continue }
         let cluster = (value & Qcow2Entry.offsetMask) >> clusterBits
         let flag = try refcounts.count(cluster) == 1 ? Qcow2Entry.copied : 0
         guard value & Qcow2Entry.copied != flag else { continue }
-        let byte = index * 8
+        let byte = index * Int(header.l2EntrySize)
         let place = try l2Load(table + UInt64(byte / l2Cache.unit * l2Cache.unit))
         l2Cache.bytes(place).storeBigEndian(value & ~Qcow2Entry.copied | flag, byte % l2Cache.unit)
         l2Cache.markDirty(place)

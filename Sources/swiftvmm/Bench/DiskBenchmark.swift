@@ -58,8 +58,11 @@ struct DiskBenchmark {
     }
   }
 
-  static func makeLayer(_ path: String, over backing: String?, _ queue: any IOQueue) throws(BlockError) {
+  static func makeLayer(
+    _ path: String, over backing: String?, extendedL2: Bool = false, _ queue: any IOQueue
+  ) throws(BlockError) {
     var options = Qcow2CreateOptions(size: Self.mebibytes << 20)
+    options.extendedL2 = extendedL2
     options.backingName = backing
     options.backingFormat = backing == nil ? nil : "qcow2"
     try HostFile.create(path)

@@ -19,7 +19,9 @@ struct DiskCreateCommand: ParsableCommand {
 
   @Option(
     name: .customShort("o"),
-    help: "NAME=VALUE,...: cluster_size, compression_type, refcount_bits, lazy_refcounts, preallocation, compat.")
+    help:
+      "NAME=VALUE,...: cluster_size, compression_type, refcount_bits, lazy_refcounts, extended_l2, preallocation, compat."
+  )
   var options: [String] = []
 
   @Flag(name: .customShort("u"), help: "Do not look at the backing file.")

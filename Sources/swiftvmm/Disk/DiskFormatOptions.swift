@@ -10,6 +10,7 @@ struct DiskFormatOptions {
   var refcountBits: UInt64 = 16
   var compression = CompressionType.zlib
   var lazyRefcounts = false
+  var extendedL2 = false
   var version: UInt32 = 3
   var preallocation = Preallocation.off
   var backingName: String?
@@ -42,14 +43,15 @@ struct DiskFormatOptions {
       compression = try choose(Dictionary(uniqueKeysWithValues: CompressionType.allCases.map { ($0.name, $0) }))
     case "lazy_refcounts" where isQcow2: lazyRefcounts = try choose(["on": true, "off": false])
     case "compat" where isQcow2: version = try choose(["0.10": 2, "v2": 2, "1.1": 3, "v3": 3])
-    case "extended_l2" where isQcow2: _ = try choose(["off": false])
+    case "extended_l2" where isQcow2: extendedL2 = try choose(["on": true, "off": false])
     case "backing_file" where isQcow2: backingName = value
     case "backing_fmt" where isQcow2: backingFormat = try choose(["raw": ImageFormat.raw, "qcow2": .qcow2])
     default:
       throw .badValue(
         option: "-o", value: name,
         expected: isQcow2
-          ? "cluster_size, compression_type, refcount_bits, lazy_refcounts, preallocation, compat, backing_file or backing_fmt"
+          ? "cluster_size, compression_type, refcount_bits, lazy_refcounts, extended_l2, preallocation, compat, "
+            + "backing_file or backing_fmt"
           : "preallocation")
     }
   }
@@ -65,6 +67,7 @@ struct DiskFormatOptions {
       options.clusterSize = clusterSize
       options.refcountBits = refcountBits
       options.lazyRefcounts = lazyRefcounts
+      options.extendedL2 = extendedL2
       options.compression = compression
       options.backingName = backingName
       options.backingFormat = backingFormat?.rawValue

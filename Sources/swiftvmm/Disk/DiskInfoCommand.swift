@@ -56,7 +56,7 @@ struct DiskInfoCommand: ParsableCommand {
     guard image.version >= 3 else { return data }
     data["lazy-refcounts"] = .bool(image.usesLazyRefcounts)
     data["corrupt"] = .bool(image.isMarkedCorrupt)
-    data["extended-l2"] = false
+    data["extended-l2"] = .bool(image.hasExtendedL2)
     if !image.bitmaps.isEmpty {
       data["bitmaps"] = .array(
         image.bitmaps.map { bitmap in
