@@ -12,6 +12,8 @@ final class DiskControl: @unchecked Sendable {
   private(set) lazy var exports = DiskExports(self)
   /// What backups read: a server of their own.
   private(set) lazy var backups = DiskExports(self)
+  /// Told, on the machine's thread, of a disk that the guest has let go of. Set before the machine runs.
+  var onDeviceDeleted: (String) -> Void = { _ in }
   private var graph: BlockGraph { disks.graph }
   private let emit = Mutex<@Sendable (QMPEvent) -> Void>({ _ in })
   /// Files that `blockdev-add` has named and no format stands on; the disks' thread's.
@@ -123,6 +125,7 @@ final class DiskControl: @unchecked Sendable {
       graph.removeDisk(disk)
       graph.drop(disk.top)
     }
+    onDeviceDeleted(id)
   }
 
   private struct Unchecked<Value>: @unchecked Sendable {

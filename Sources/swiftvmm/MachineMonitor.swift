@@ -21,7 +21,7 @@ final class MachineMonitor: MonitorTarget {
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
   static func serve(
-    _ machine: Machine, engine: String, disks: DiskControl?, agent: AgentControl?, hardening: LoaderHardening?,
+    _ machine: Machine, engine: String, disks: DiskControl?, agent: [QMPCommand], hardening: LoaderHardening?,
     on text: String
   ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
@@ -30,7 +30,7 @@ final class MachineMonitor: MonitorTarget {
       let commands =
         QMPCommand.standard
         + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) + BackupCommands.all($0) } ?? [])
-        + (agent.map { AgentCommands.all($0) } ?? [])
+        + agent
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
         line in

@@ -96,6 +96,12 @@ struct RunCommand: ParsableCommand {
   @Flag(help: "Give the guest a port for its agent, which the control socket's commands ask; needs --control.")
   var agent = false
 
+  @Option(help: "What the guest may do with its disks' snapshots by way of its agent: off, read-only, copy-on-write.")
+  var recovery = RecoveryPolicy.readOnly
+
+  @Option(name: .customLong("recovery-audit"), help: "Where the guest's requests for snapshots go, as JSON lines.")
+  var recoveryAudit: String?
+
   @Option(help: "Debugger: HOST:PORT or unix:PATH.")
   var gdb: String?
 
@@ -119,6 +125,7 @@ struct RunCommand: ParsableCommand {
       throw ValidationError("name a GUEST, or give --firmware")
     }
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
+    if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
     if audit != nil, harden == nil { throw ValidationError("--audit needs --harden POLICY") }
     if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {
       throw ValidationError("--time-limit \(timeLimit): expected seconds greater than 0")

@@ -88,9 +88,15 @@ struct RunSession {
     defer { withExtendedLifetime(signals) {} }
     let control = disks.map { DiskControl(machine, $0) }
     let agent = ports.map { AgentControl($0) }
+    var agentCommands = agent.map { AgentCommands.all($0) } ?? []
+    if let agent, let control {
+      let snapshots = try GuestSnapshots(control, agent, policy: options.recovery, audit: options.recoveryAudit)
+      agentCommands += snapshots.commands
+    }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
-        machine, engine: accelerator.name, disks: control, agent: agent, hardening: hardening?.supervisor, on: text)
+        machine, engine: accelerator.name, disks: control, agent: agentCommands, hardening: hardening?.supervisor,
+        on: text)
     }
     // Its commands use the disks.
     defer { monitor?.close() }

@@ -2,7 +2,8 @@
 // One static program without libraries beside libc's; JSON of the protocol's small shapes only.
 //
 // swiftvmm-agent                       serves the port
-// swiftvmm-agent ask REQUEST [JSON]    sends one request to the host, prints its answer; while no other one serves
+// swiftvmm-agent ask REQUEST [--KEY VALUE]...    sends one request to the host, prints its answer; while no other one serves
+// swiftvmm-agent snapshots list|attach|detach [--KEY VALUE]...    the same for snapshots of the disks
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <dirent.h>
@@ -168,11 +169,29 @@ static bool read_line(int port, char *line, int timeout) {
   }
 }
 
-static int ask(int port, const char *request, const char *arguments) {
-  char line[LONGEST + 256], id[32];
-  const char *rest = arguments && arguments[0] == '{' ? arguments + 1 : "}";
-  while (isspace((unsigned char)*rest)) rest++;
-  snprintf(line, sizeof line, "{\"id\": 1, \"request\": \"%s\"%s%s\n", request, *rest == '}' ? "" : ", ", rest);
+// Arguments of a request as members: numbers as they are, all else as text. False where they are no pairs or too long.
+static bool add_members(char *line, size_t size, int count, char **words) {
+  for (int index = 0; index < count; index += 2) {
+    if (strncmp(words[index], "--", 2) != 0 || index + 1 == count) return false;
+    const char *key = words[index] + 2, *value = words[index + 1];
+    if (strpbrk(key, "\"\\\n") || strpbrk(value, "\"\\\n")) return false;
+    bool is_number = *value && *value != '0' && strspn(value, "0123456789") == strlen(value);
+    size_t length = strlen(line);
+    const char *mark = is_number ? "" : "\"";
+    int more = snprintf(line + length, size - length, ", \"%s\": %s%s%s", key, mark, value, mark);
+    if (more < 0 || length + (size_t)more + 4 > size) return false;
+  }
+  strcat(line, "}\n");
+  return true;
+}
+
+static int ask(int port, const char *request, int count, char **words) {
+  char line[LONGEST], id[32];
+  snprintf(line, sizeof line, "{\"id\": 1, \"request\": \"%.64s\"", request);
+  if (!add_members(line, sizeof line, count, words)) {
+    fprintf(stderr, "swiftvmm-agent: arguments are --KEY VALUE, without quotes\n");
+    return 64;
+  }
   if (!send_line(port, line)) return perror("swiftvmm-agent: cannot write to the port"), 1;
   int64_t deadline = now() + 10000;
   while (now() < deadline) {
@@ -194,9 +213,14 @@ int main(int count, char **words) {
     fprintf(stderr, "swiftvmm-agent: there is no free port " PORT "; give the machine one with --agent\n");
     return 69;
   }
-  if (count >= 3 && strcmp(words[1], "ask") == 0) return ask(port, words[2], count > 3 ? words[3] : NULL);
+  if (count >= 3 && strcmp(words[1], "ask") == 0) return ask(port, words[2], count - 3, words + 3);
+  if (count >= 3 && strcmp(words[1], "snapshots") == 0) {
+    const char *verbs[] = {"list", "attach", "detach"}, *requests[] = {"snapshots", "snapshot-attach", "snapshot-detach"};
+    for (int verb = 0; verb < 3; verb++)
+      if (strcmp(words[2], verbs[verb]) == 0) return ask(port, requests[verb], count - 3, words + 3);
+  }
   if (count > 1) {
-    fprintf(stderr, "usage: swiftvmm-agent [ask REQUEST [JSON]]\n");
+    fprintf(stderr, "usage: swiftvmm-agent [ask REQUEST | snapshots list|attach|detach] [--KEY VALUE]...\n");
     return 64;
   }
   send_line(port, "{\"event\": \"hello\", \"version\": 1, \"agent\": \"swiftvmm-agent\", \"system\": \"linux\"}\n");

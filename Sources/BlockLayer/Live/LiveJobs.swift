@@ -96,6 +96,8 @@ final class CommitJob: LiveJob, WriteGuard {
     guard let last = chain.firstIndex(where: { $0 === base }), last > first else {
       throw .notBelow(base.name, of: top.name)
     }
+    // Others see a layer as it was, and its contents would change below them.
+    if let shared = chain[first...last].first(where: { $0.users > 1 }) { throw .nodeInUse(shared.name) }
     self.top = top
     self.base = base
     self.result = result
@@ -176,6 +178,8 @@ final class CommitJob: LiveJob, WriteGuard {
     todo[block] = false
     let buffer = DiskBuffer(count: range.count)
     StretchCopy(source: top.node, target: base.node, buffer: buffer).copy(range, where: isWanted) { [self] error in
+      // The writes have read from it until now.
+      withExtendedLifetime(buffer) {}
       if let error { then(error) } else { moveRest(then: then) }
     }
   }

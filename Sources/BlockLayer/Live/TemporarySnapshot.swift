@@ -11,9 +11,11 @@ extension BlockGraph {
   /// Opens the file of a temporary snapshot, made by `makeOverlayFile`, above a layer that takes no more writes.
   ///
   /// Whoever uses it may write: only its own file changes. It is thrown away after a crash, so nothing waits for the host's disk.
-  public func openTemporary(_ path: String, name: String, above layer: LiveNode) throws(BlockError) -> LiveNode {
+  public func openTemporary(
+    _ path: String, name: String, above layer: LiveNode, isWritable: Bool = true
+  ) throws(BlockError) -> LiveNode {
     guard layer.node.isReadOnly else { throw .nodeInUse(layer.name) }
-    var options = Options(path: path, format: .qcow2, access: FileAccess(writable: true, ignoresFlushes: true))
+    var options = Options(path: path, format: .qcow2, access: FileAccess(writable: isWritable, ignoresFlushes: true))
     options.name = name
     options.backing = .layer(layer.name)
     return try open(options)

@@ -18,7 +18,9 @@ enum BackupCommands {
     [
       QMPCommand("x-swiftvmm-query-backup", returns: .any) { _, _ throws(MonitorError) in
         let disks = try control.run { graph in
-          graph.disks.values.sorted { $0.name < $1.name }.map { JSONValue.object(describe($0)) }
+          graph.disks.values.filter { !GuestSnapshots.isOwn($0) }.sorted { $0.name < $1.name }.map {
+            JSONValue.object(describe($0))
+          }
         }
         return ["disks": .array(disks), "configuration": .object(configuration())]
       },

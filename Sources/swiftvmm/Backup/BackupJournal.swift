@@ -42,6 +42,8 @@ struct BackupJournal {
   var socket: String
   /// Files of the target that are of no use before the phase `merge`.
   var unfinished: [String] = []
+  /// The target's record of backups, if it has one: a backup that is there is whole.
+  var record: String?
   private let path: String
 
   init(id: String, disks: [Disk], socket: String) {
@@ -59,6 +61,9 @@ struct BackupJournal {
 
   /// Where the journal of a backup is whose first disk has this image.
   static func path(besides image: String) -> String { image + suffix }
+
+  /// Removes what a backup has left that was killed before it had a journal.
+  static func removeUnborn(besides image: String) { unlink(path(besides: image) + ".new") }
 
   /// Refuses disks with a layer that an earlier backup works on, or has left.
   static func requireNone(_ images: [String]) throws(Failure) {
@@ -91,6 +96,7 @@ struct BackupJournal {
     let json: JSONValue = [
       "version": 1, "id": .string(id), "phase": .string(phase.rawValue), "disks": .array(disks),
       "socket": .string(socket), "unfinished": .array(unfinished.map { .string($0) }),
+      "record": record.map { .string($0) } ?? .null,
     ]
     return try BackupFiles.replace(path, json, isNew: isNew)
   }
@@ -110,7 +116,14 @@ struct BackupJournal {
     }
     self.socket = socket
     unfinished = (json["unfinished"]?.arrayValue ?? []).compactMap(\.stringValue)
+    record = json["record"]?.stringValue
     self.path = path
+  }
+
+  /// Whether the copy is whole and stays: an increment can stand on it.
+  var hasCopy: Bool {
+    guard let record, let found = try? BackupRecord(at: record) else { return false }
+    return found.backups.contains { $0.id == id }
   }
 
   /// The backup is over.

@@ -113,7 +113,8 @@ final class BackupMachine {
     if let failure { throw failure }
   }
 
-  private func jobs() throws(Failure) -> [String: (status: String, error: String?)] {
+  /// The jobs under way, or not yet dismissed, by id.
+  func jobs() throws(Failure) -> [String: (status: String, error: String?)] {
     var jobs: [String: (status: String, error: String?)] = [:]
     for job in try execute("query-jobs").arrayValue ?? [] {
       jobs[job["id"]?.stringValue ?? ""] = (job["status"]?.stringValue ?? "", job["error"]?.stringValue)

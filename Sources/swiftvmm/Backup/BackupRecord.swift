@@ -31,7 +31,12 @@ struct BackupRecord {
 
   /// The record of a folder, or of one file; without backups where there is none yet.
   init(of target: String) throws(Failure) {
-    path = BackupFiles.isFolder(target) ? target + "/" + Self.fileName : target + ".json"
+    try self.init(at: BackupFiles.isFolder(target) ? target + "/" + Self.fileName : target + ".json")
+  }
+
+  /// The record that is in a file; without backups where there is none.
+  init(at path: String) throws(Failure) {
+    self.path = BlockGraph.absolutePath(path)
     guard BackupFiles.exists(path) else { return }
     let json = try BackupFiles.read(path)
     guard json["version"]?.integerValue == 1, let backups = json["backups"]?.arrayValue else {

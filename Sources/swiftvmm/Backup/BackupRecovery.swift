@@ -7,7 +7,7 @@ import JSON
 /// for the backup goes. Each step may be taken again.
 enum BackupRecovery {
   /// What is left of a backup of a running machine.
-  static func finish(_ journal: BackupJournal, _ machine: BackupMachine, hasCopy: Bool) throws(Failure) {
+  static func finish(_ journal: BackupJournal, _ machine: BackupMachine) throws(Failure) {
     try machine.execute("x-swiftvmm-backup-close", ["names": .array(journal.disks.map { .string($0.name) })])
     let (known, _) = try machine.describe()
     var merging: [BackupJournal.Disk] = []
@@ -20,7 +20,10 @@ enum BackupRecovery {
         try removeUnused(disk)
       }
     }
-    try machine.merge(merging, bitmap: hasCopy ? journal.bitmap : nil)
+    // Jobs of disks that are merged already may wait to be dismissed.
+    let jobs = try machine.jobs()
+    merging += journal.disks.filter { disk in jobs[disk.job] != nil && !merging.contains { $0.job == disk.job } }
+    try machine.merge(merging, bitmap: journal.hasCopy ? journal.bitmap : nil)
     try removeRest(journal)
   }
 
@@ -56,7 +59,7 @@ enum BackupRecovery {
   }
 
   private static func removeRest(_ journal: BackupJournal) throws(Failure) {
-    if journal.phase != .merge {
+    if journal.phase != .merge, !journal.hasCopy {
       for path in journal.unfinished { try BackupFiles.remove(path) }
     }
     try journal.remove()
@@ -72,11 +75,14 @@ enum BackupRecovery {
     let images = Set(try machine.describe().disks.flatMap { $0.layers.map(\.file) })
     for image in images.sorted() {
       let path = BackupJournal.path(besides: image)
-      guard BackupFiles.exists(path) else { continue }
+      guard BackupFiles.exists(path) else {
+        BackupJournal.removeUnborn(besides: image)
+        continue
+      }
       let lock = try BackupJournal.lock(path)
       defer { withExtendedLifetime(lock) {} }
       let journal = try BackupJournal(reading: path)
-      try finish(journal, machine, hasCopy: journal.phase == .merge && hasRecord(journal))
+      try finish(journal, machine)
       done.append(journal.id)
     }
     return done
@@ -89,22 +95,20 @@ enum BackupRecovery {
     let image = BlockGraph.absolutePath(image)
     let path = BackupJournal.path(besides: image)
     guard BackupFiles.exists(path) else {
+      BackupJournal.removeUnborn(besides: image)
       // A disk of a backup whose journal is beside another one.
       return try merge(BackupJournal.Disk(device: "", image: image), bitmap: nil)
     }
     let lock = try BackupJournal.lock(path)
     defer { withExtendedLifetime(lock) {} }
     let journal = try BackupJournal(reading: path)
-    let bitmap = journal.phase == .merge && hasRecord(journal) ? journal.bitmap : nil
+    let bitmap = journal.hasCopy ? journal.bitmap : nil
     var merged: [String] = []
     for disk in journal.disks { merged += try merge(disk, bitmap: bitmap) }
     try BackupFiles.remove(journal.socket)
     try removeRest(journal)
     return merged
   }
-
-  /// Bitmaps are for increments, which stand on a recorded backup.
-  private static func hasRecord(_ journal: BackupJournal) -> Bool { !journal.unfinished.isEmpty }
 
   private static func merge(_ disk: BackupJournal.Disk, bitmap: String?) throws(Failure) -> [String] {
     var merged: [String] = []

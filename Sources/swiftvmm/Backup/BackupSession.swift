@@ -67,6 +67,7 @@ final class BackupSession {
     }
     var journal = BackupJournal(id: id, disks: entries, socket: machine.socket + ".backup")
     journal.unfinished = work.compactMap(\.path)
+    journal.record = record?.path
     let lock = Lock(try journal.save(isNew: true))
     defer { withExtendedLifetime(lock) {} }
     do throws(Failure) {
@@ -141,7 +142,7 @@ final class BackupSession {
     // From here on the copy is whole, and a way back that is cut off is taken up again rather than undone.
     journal.phase = .merge
     lock.file = try journal.save()
-    try BackupRecovery.finish(journal, machine, hasCopy: record != nil)
+    try BackupRecovery.finish(journal, machine)
     return results
   }
 
@@ -226,9 +227,8 @@ final class BackupSession {
       defer { file.close() }
       try Qcow2Image.create(image, in: file)
     }
-    // Nothing below an increment is read: what it does not hold is not touched.
-    let result = try BlockChain(
-      path: path, format: format, access: FileAccess(writable: true), backing: false, queue: queue)
+    // With what is below an increment: zeros there must hide it.
+    let result = try BlockChain(path: path, format: format, access: FileAccess(writable: true), queue: queue)
     return try withChain(result) {
       guard result.top.size >= source.top.size else {
         throw BlockError.outOfRange(offset: 0, length: source.top.size, size: result.top.size)
@@ -245,7 +245,7 @@ final class BackupSession {
 
   private func undo(_ journal: BackupJournal, after failure: Failure) -> Failure {
     do throws(Failure) {
-      try BackupRecovery.finish(journal, machine, hasCopy: journal.phase == .merge && options.target != nil)
+      try BackupRecovery.finish(journal, machine)
     } catch {
       return .backup(
         .notUndone(why: failure.text, then: error.text, image: journal.disks.first?.image ?? ""))

@@ -12,6 +12,8 @@ enum BackupTarget {
 
   /// What a word means for so many disks.
   init(_ text: String, disks: Int, isIncremental: Bool) throws(Failure) {
+    // The journal names its files wherever it is read.
+    let text = BlockGraph.absolutePath(text)
     if NBDURI.isURI(text) {
       self = .export(text)
     } else if BackupFiles.isFolder(text) || text.hasSuffix("/") {
