@@ -1,5 +1,6 @@
 import Foundation
 import GuestAgent
+import JSON
 
 /// What a guest's agent sends, cut into pieces by its first byte: each line is a message or an error, and a message that was
 /// read is read again from what it is written as.
