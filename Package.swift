@@ -92,6 +92,11 @@ let package = Package(
     // What the agent in a guest says.
     library("GuestAgent", ["JSON"]),
 
+    // Machines in files.
+    .target(
+      name: "SavedMachine", dependencies: ["CCompression", "GuestMemory", "Host", "StateTree"], swiftSettings: strict,
+      linkerSettings: [.linkedLibrary(":libz.a")]),
+
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
     library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
@@ -118,7 +123,7 @@ let package = Package(
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestAgent", "GuestMemory",
         "Host", "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "NBD",
-        "PlatformDevices", "SoftAccelerator", "StateTree", "Virtio",
+        "PlatformDevices", "SavedMachine", "SoftAccelerator", "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
@@ -128,6 +133,7 @@ let package = Package(
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),
     tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
     tests("StateTreeTests", ["StateTree"]),
+    tests("SavedMachineTests", ["GuestMemory", "Host", "SavedMachine", "StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),
     tests(

@@ -52,6 +52,7 @@ public final class GuestMemory: Sendable {
   public let file: FileDescriptor
 
   private let mapping: MemoryMapping
+  private let isCopy = Atomic(false)
   private let isObserved = Atomic(false)
   private let isGuarded = Atomic(false)
   private let deviceGuard = Mutex(DeviceGuard())
@@ -236,6 +237,35 @@ public final class GuestMemory: Sendable {
     guard dirty.isTracking, count > 0 else { return }
     let offset = pointer - mapping.base
     dirty.mark(firstPage: offset >> 12, lastPage: (offset + count - 1) >> 12)
+  }
+
+  /// Puts the bytes of a file in place of all regions: each page is read when it is first touched, and what is written
+  /// stays in this process. Before anything runs; `file` is the RAM no longer.
+  public func mapCopy(of file: borrowing FileDescriptor, offset: UInt64) throws(HostError) {
+    try mapping.replace(withCopyOf: file, offset: offset)
+    isCopy.store(true, ordering: .relaxed)
+  }
+
+  /// Calls `body` with offset in the region and length of each run of whole pages that may hold anything but zeros.
+  public func forEachUsedRun<Failure: Error>(
+    of region: GuestRegion, _ body: (Int, Int) throws(Failure) -> Void
+  ) throws(Failure) {
+    let size = Int(region.range.size)
+    // Looking at a page that nobody has touched would take memory for it.
+    guard !isCopy.load(ordering: .relaxed) else { return try body(0, size) }
+    let base = Int64(region.fileOffset)
+    let end = base + Int64(size)
+    var position = base
+    while position < end {
+      let start = clinux_seek_data(file.rawValue, position)
+      if start < 0, errno == ENXIO { return }
+      guard start >= position else { return try body(Int(position - base), Int(end - position)) }
+      guard start < end else { return }
+      let hole = clinux_seek_hole(file.rawValue, start)
+      let stop = hole > start ? min(hole, end) : end
+      try body(Int(start - base), Int(stop - start))
+      position = stop
+    }
   }
 
   /// Calls `body` with host address, offset in the access and length of each run, after all bounds are checked.

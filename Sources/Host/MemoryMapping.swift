@@ -34,6 +34,16 @@ public struct MemoryMapping: ~Copyable, @unchecked Sendable {
     self.count = count
   }
 
+  /// Maps as many bytes of a file as the range has in its place, private to this process.
+  public borrowing func replace(
+    withCopyOf descriptor: borrowing FileDescriptor, offset: UInt64
+  ) throws(HostError) {
+    let address = mmap(
+      base, count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, descriptor.rawValue, off_t(offset))
+    let code = errno
+    guard let address, address != MAP_FAILED else { throw .systemCall("mmap of \(count) bytes", errno: code) }
+  }
+
   /// Asks for huge pages, as QEMU does for guest RAM; a kernel without them ignores it.
   public borrowing func adviseHugePages() {
     _ = madvise(base, count, MADV_HUGEPAGE)

@@ -10,11 +10,15 @@ struct BootPlan: Sendable {
   /// Says where the boot processor begins after S3.
   let wake: @Sendable (GuestMemory) throws(MachineError) -> BootEntry
 
-  /// A plan given by its two functions.
+  /// To be called where memory holds something before the first load.
+  let memoryIsUsed: @Sendable () -> Void
+
+  /// A plan given by its functions.
   init(
     load: @escaping @Sendable (GuestMemory) throws(MachineError) -> BootEntry,
     wake: @escaping @Sendable (GuestMemory) throws(MachineError) -> BootEntry
   ) {
+    memoryIsUsed = {}
     self.load = load
     self.wake = wake
   }
@@ -22,6 +26,7 @@ struct BootPlan: Sendable {
   /// Boots what the request names, in a machine that has these tables.
   init(_ request: BootRequest, _ tables: ACPITables?) {
     let isFirst = Once()
+    memoryIsUsed = { _ = isFirst.take() }
     load = { memory throws(MachineError) in
       var request = request
       request.memoryIsZero = isFirst.take()

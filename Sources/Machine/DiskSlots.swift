@@ -39,6 +39,11 @@ final class DiskSlots: Sendable {
   /// In the order of their places.
   var devices: [VirtioPCI] { disks.withLock { disks in disks.sorted { $0.key < $1.key }.map(\.value) } }
 
+  /// Names and places, in the order of their places.
+  var places: [(name: String, slot: UInt8)] {
+    disks.withLock { disks in disks.sorted { $0.key < $1.key }.map { ($0.value.name, $0.key) } }
+  }
+
   subscript(_ name: String) -> VirtioPCI? { disks.withLock { disks in disks.values.first { $0.name == name } } }
 
   /// Puts a disk at the first free place; with `announcing`, the guest is told.

@@ -7,6 +7,7 @@ import Host
 import PlatformDevices
 import StateTree
 import Synchronization
+import Virtio
 
 /// Memory, vCPUs and devices, and what moves them between running, paused and over.
 ///
@@ -107,8 +108,10 @@ public final class Machine: MachineControl {
   // MARK: Start and end
 
   /// Loads the guest and starts the threads; the vCPUs run at once, or wait for `resume`.
-  public func start(paused: Bool) throws(MachineError) {
-    try load()
+  ///
+  /// With `saved`, a state that `save` returned, the guest goes on from there; its RAM is in place already.
+  public func start(paused: Bool, from saved: StateNode? = nil) throws(MachineError) {
+    if let saved { try take(saved) } else { try load() }
     let loop = loop
     do {
       var started = [try HostThread(name: "devices") { loop.run() }]
@@ -214,6 +217,9 @@ public final class Machine: MachineControl {
       emit(.reset(byGuest: byGuest))
     }
   }
+
+  /// The disks and their places on PCI bus 0, which a saved state relies on.
+  public var diskPlaces: [(name: String, slot: UInt8)] { platform.disks.places }
 
   /// Presses the ACPI power button; what follows is the guest's choice.
   public func pressPowerButton() {
@@ -409,6 +415,37 @@ public final class Machine: MachineControl {
     }
     let now = clock.now()
     return StateNode("machine", version: 1, children: children) { $0.write(now) }
+  }
+
+  /// Stops the machine if it runs, calls `body` with its state while RAM and disks rest too, and lets it go on.
+  ///
+  /// Errors: `unsaved`, where there is something that no saved state carries.
+  public func save<Result: Sendable>(_ body: (StateNode) -> Result) throws(MachineError) -> Result {
+    guard supervisor == nil else { throw .unsaved(.hardening) }
+    let outcome = operations.withLock { operations -> Swift.Result<Result, MachineError> in
+      guard [.running, .paused, .ioError].contains(operations.state) else {
+        return .failure(.unsaved(.state(operations.state)))
+      }
+      let wasRunning = operations.state == .running
+      if wasRunning { quiesce(&operations) }
+      // `body` may have ended the run.
+      defer { if wasRunning, result == nil { go(&operations) } }
+      // Where the guest's own clock stood when it was stopped, not where a pause has let it come.
+      if let pausedClock = operations.pausedClock { try? virtualMachine.writeClock(pausedClock) }
+      if let disk = platform.disks.devices.first(where: { $0.hasStoppedRequests }) {
+        return .failure(.unsaved(.stoppedRequests(disk: disk.name)))
+      }
+      do throws(MachineError) { return .success(body(try save())) } catch { return .failure(error) }
+    }
+    return try outcome.get()
+  }
+
+  /// Begins with a saved state instead of a boot.
+  private func take(_ saved: StateNode) throws(MachineError) {
+    boot.memoryIsUsed()
+    for device in drainable { device.drain() }
+    try restore(saved)
+    operations.withLock { $0.pausedClock = try? virtualMachine.readClock() }
   }
 
   /// Puts a saved state in place. The machine must be paused; on an error it is in no usable state.

@@ -25,6 +25,18 @@ public enum MachineError: Error, CustomStringConvertible {
   case boot(BootError)
   case host(HostError)
   case state(StateError)
+  /// The machine has something that is not saved.
+  case unsaved(Unsaved)
+
+  /// What no saved state carries.
+  public enum Unsaved: Sendable {
+    /// A state in which nothing can be saved.
+    case state(RunState)
+    /// Views, and what a hardened guest has registered.
+    case hardening
+    /// A disk's requests that the host has failed and that are to be tried again.
+    case stoppedRequests(disk: String)
+  }
 
   /// One line: what failed, with which value, and what to do.
   public var description: String {
@@ -44,6 +56,10 @@ public enum MachineError: Error, CustomStringConvertible {
     case .boot(let error): "\(error)"
     case .host(let error): "\(error)"
     case .state(let error): "\(error)"
+    case .unsaved(.state(let state)): "the machine cannot be saved while it is in state \(state.rawValue)"
+    case .unsaved(.hardening): "a machine with --harden cannot be saved"
+    case .unsaved(.stoppedRequests(let disk)):
+      "requests of disk \(disk) wait for their I/O error to be mended: resume the machine before it is saved"
     }
   }
 }

@@ -355,6 +355,9 @@ public final class VirtioBlock: VirtioDevice {
     for done in waiting { done() }
   }
 
+  /// Requests that are tried again when the machine goes on.
+  public var hasStoppedRequests: Bool { !stopped.isEmpty }
+
   /// Tries again what was stopped, and takes new requests from now on.
   public func undrain() {
     isDraining = false

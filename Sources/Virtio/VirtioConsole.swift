@@ -239,6 +239,9 @@ public final class VirtioConsole: VirtioDevice {
     done()
   }
 
+  /// The host fails nothing here.
+  public var hasStoppedRequests: Bool { false }
+
   /// Goes on.
   public func undrain() { isDraining = false }
 

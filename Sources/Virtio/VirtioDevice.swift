@@ -25,6 +25,8 @@ public protocol VirtioDevice: AnyObject {
   func process(queue: Int) throws(VirtqueueError) -> Bool
   /// Starts nothing new and calls `done` once nothing is under way any more.
   func drain(_ done: @escaping () -> Void)
+  /// Whether requests wait, drained or not, for an error of the host's to be mended.
+  var hasStoppedRequests: Bool { get }
   /// Goes on after `drain`; every queue is processed next.
   func undrain()
   /// The queues are gone. Called when drained.

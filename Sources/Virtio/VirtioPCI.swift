@@ -276,6 +276,9 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
     _ = done.wait { $0 ? true : nil }
   }
 
+  /// Whether requests wait for an error of the host's to be mended.
+  public var hasStoppedRequests: Bool { onLoop { [self] in device.hasStoppedRequests } }
+
   /// Lets the device go on.
   public func undrain() {
     loop.execute { [self] in

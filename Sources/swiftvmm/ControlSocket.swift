@@ -26,9 +26,11 @@ struct ControlSocket: ParsableArguments {
   ///
   /// - Throws: The exit status, after the line on standard error: 69 where nobody answers, 74 where the connection is
   ///   lost, 1 where the machine refuses.
-  func withClient<Result>(_ body: (inout QMPClient) throws -> Result) throws -> Result {
+  ///
+  /// An answer may take `patience` seconds, where that is longer than what the user has said.
+  func withClient<Result>(patience: Int = 0, _ body: (inout QMPClient) throws -> Result) throws -> Result {
     do {
-      var client = try QMPClient.connect(to: try endpoint(), timeout: seconds)
+      var client = try QMPClient.connect(to: try endpoint(), timeout: max(seconds, patience))
       return try body(&client)
     } catch let error as MonitorError {
       let line = "swiftvmm: \(error)\n"

@@ -7,6 +7,7 @@ import Host
 import LoaderHardening
 import Machine
 import NBD
+import SavedMachine
 
 /// Exit statuses that other programs rely on; the ones a guest chooses are in `Outcome.status`.
 enum ExitStatus: Int32 {
@@ -49,6 +50,7 @@ enum Failure: Error {
   case diskIsRemote(path: String)
   case diskIsNotQcow2(path: String, operation: String)
   case diskMapNeedsJSON(path: String, offset: UInt64)
+  case saved(SavedMachineError)
   case backup(BackupFault)
 
   /// What a call that may fail in several ways has thrown.
@@ -71,6 +73,7 @@ enum Failure: Error {
     case .diskHasNoBacking, .diskIsNotQcow2: .badInput
     case .disk(let error): Self.status(error)
     case .backup(let fault): fault.status
+    case .saved: .badInput
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .nbd, .output, .host, .control, .diskClosed: .inputOutput
@@ -98,6 +101,8 @@ enum Failure: Error {
     case .cpus, .memorySize, .disks, .diskName, .noDisk: .usage
     case .interruptControllers: .unavailable
     case .boot, .state: .badInput
+    // Only the control socket's clients meet it.
+    case .unsaved: .usage
     case .accelerator(let error): status(error)
     case .host: .inputOutput
     case .memory(let error):
@@ -155,6 +160,7 @@ enum Failure: Error {
     case .diskIsNotQcow2(let path, let operation): "\(path) is not qcow2, and \(operation) needs that"
     case .diskMapNeedsJSON(let path, let offset):
       "\(path) has compressed clusters (at \(offset)), which have no plain place in the file: use --json"
+    case .saved(let error): "\(error)"
     }
   }
 

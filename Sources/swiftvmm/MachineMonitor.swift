@@ -21,14 +21,14 @@ final class MachineMonitor: MonitorTarget {
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
   static func serve(
-    _ machine: Machine, engine: String, disks: DiskControl?, agent: [QMPCommand], hardening: LoaderHardening?,
-    on text: String
+    _ machine: Machine, engine: String, disks: DiskControl?, agent: [QMPCommand], saver: MachineSaver,
+    hardening: LoaderHardening?, on text: String
   ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
       let commands =
-        QMPCommand.standard
+        QMPCommand.standard + SaveCommands.all(saver)
         + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) + BackupCommands.all($0) } ?? [])
         + agent
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)

@@ -105,6 +105,12 @@ struct RunCommand: ParsableCommand {
   @Option(help: "Debugger: HOST:PORT or unix:PATH.")
   var gdb: String?
 
+  @Option(help: "Go on with a machine that 'swiftvmm save' wrote, with the same GUEST, options and disks.")
+  var restore: String?
+
+  @Flag(help: "With --restore: compare all of the saved memory with its checksums first.")
+  var verify = false
+
   @Flag(help: "Start with the vCPUs stopped.")
   var paused = false
 
@@ -127,6 +133,7 @@ struct RunCommand: ParsableCommand {
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
     if audit != nil, harden == nil { throw ValidationError("--audit needs --harden POLICY") }
+    if verify, restore == nil { throw ValidationError("--verify needs --restore FILE") }
     if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {
       throw ValidationError("--time-limit \(timeLimit): expected seconds greater than 0")
     }

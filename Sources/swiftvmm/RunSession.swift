@@ -9,7 +9,9 @@ import LoaderHardening
 import Machine
 import Monitor
 import PlatformDevices
+import SavedMachine
 import SoftAccelerator
+import StateTree
 
 /// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
 struct RunSession {
@@ -21,6 +23,8 @@ struct RunSession {
   private let disks: RunDisks?
   private let ports: MachinePorts?
   private let hardening: RunHardening?
+  /// Where the guest goes on, where it does not begin.
+  private let saved: StateNode?
 
   init(_ options: RunCommand) throws(Failure) {
     self.options = options
@@ -72,6 +76,13 @@ struct RunSession {
     configuration.traces = traces
     if !(accelerator is SoftAccelerator) { configuration.assist = SoftInstructionAssist() }
     do { machine = try MachineBuilder(configuration, on: accelerator).build() } catch { throw .machine(error) }
+    guard let path = options.restore else {
+      saved = nil
+      return
+    }
+    if options.harden != nil { throw .conflict("--restore", "--harden") }
+    let description = MachineDescription(machine, engine: accelerator.name, disks: disks)
+    saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
 
   /// The first option that only the software engine has.
@@ -93,10 +104,11 @@ struct RunSession {
       let snapshots = try GuestSnapshots(control, agent, policy: options.recovery, audit: options.recoveryAudit)
       agentCommands += snapshots.commands
     }
+    let saver = MachineSaver(machine, engine: accelerator.name, disks: control, hasAgent: ports != nil)
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
-        machine, engine: accelerator.name, disks: control, agent: agentCommands, hardening: hardening?.supervisor,
-        on: text)
+        machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver,
+        hardening: hardening?.supervisor, on: text)
     }
     // Its commands use the disks.
     defer { monitor?.close() }
@@ -109,7 +121,7 @@ struct RunSession {
     defer { bounds?.cancel() }
     let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
-    do { try machine.start(paused: options.paused) } catch { throw .machine(error) }
+    do { try machine.start(paused: options.paused, from: saved) } catch { throw .machine(error) }
     let outcome = machine.waitUntilOver()
     timer.cancel()
     console.close()

@@ -13,8 +13,8 @@ struct SwiftVMM: ParsableCommand {
     subcommands: [
       RunCommand.self, GuestsCommand.self, HardenCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self,
       PauseCommand.self,
-      ResumeCommand.self, StopCommand.self, DiskCommand.self, BackupCommand.self, RestoreBackupCommand.self,
-      BenchCommand.self,
+      ResumeCommand.self, StopCommand.self, SaveCommand.self, DiskCommand.self, BackupCommand.self,
+      RestoreBackupCommand.self, BenchCommand.self,
     ])
 
   static func main() {

@@ -363,7 +363,7 @@ public final class BlockGraph {
   }
 
   /// A path that means the same in every folder.
-  static func absolute(_ path: String) -> String {
+  public static func absolute(_ path: String) -> String {
     guard !path.hasPrefix("/"), let folder = getcwd(nil, 0) else { return path }
     defer { free(folder) }
     return String(cString: folder) + "/" + path

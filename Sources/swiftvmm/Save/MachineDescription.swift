@@ -1,0 +1,93 @@
+import Accelerator
+import BlockLayer
+import GuestMemory
+import Machine
+import StateTree
+
+/// What a saved machine was made of: it can go on only in one that is made so too.
+struct MachineDescription: Equatable {
+  struct Disk: Equatable {
+    var name: String
+    var slot: UInt8
+    var path: String
+    var isReadOnly: Bool
+  }
+
+  static let nodeName = "configuration"
+  private static let maximumText = 4096
+
+  var engine: String
+  var cpus: UInt32
+  var memory: UInt64
+  var controllers: String
+  var disks: [Disk]
+
+  init(_ machine: Machine, engine: String, disks: RunDisks?) {
+    self.engine = engine
+    cpus = UInt32(machine.vcpus.count)
+    memory = machine.memory.size
+    controllers = "\(machine.virtualMachine.interrupts)"
+    let places = machine.diskPlaces
+    self.disks =
+      disks.map { disks in
+        disks.thread.perform {
+          places.compactMap { name, slot in
+            guard let disk = disks.graph.disks[name] else { return nil }
+            return Disk(
+              name: name, slot: slot, path: BlockGraph.absolute(disk.top.path), isReadOnly: disk.isReadOnly)
+          }
+        }
+      } ?? []
+  }
+
+  init(_ node: StateNode) throws(StateError) {
+    self = try node.read(Self.nodeName, versions: 1...1) { reader, _ throws(StateError) in
+      try Self(&reader)
+    }
+  }
+
+  private init(_ reader: inout StateReader) throws(StateError) {
+    engine = try reader.readString(limit: Self.maximumText)
+    cpus = try reader.read()
+    memory = try reader.read()
+    controllers = try reader.readString(limit: Self.maximumText)
+    disks = []
+    for _ in 0..<(try reader.read(UInt8.self)) {
+      let name = try reader.readString(limit: Self.maximumText)
+      let slot = try reader.read(UInt8.self)
+      let path = try reader.readString(limit: Self.maximumText)
+      disks.append(Disk(name: name, slot: slot, path: path, isReadOnly: try reader.read()))
+    }
+  }
+
+  var node: StateNode {
+    StateNode(Self.nodeName, version: 1) { writer in
+      writer.write(engine)
+      writer.write(cpus)
+      writer.write(memory)
+      writer.write(controllers)
+      writer.write(UInt8(clamping: disks.count))
+      for disk in disks {
+        writer.write(disk.name)
+        writer.write(disk.slot)
+        writer.write(disk.path)
+        writer.write(disk.isReadOnly)
+      }
+    }
+  }
+
+  /// The first thing in which two machines differ.
+  func difference(from here: MachineDescription) -> (what: String, saved: String, here: String)? {
+    if engine != here.engine { return ("--engine", engine, here.engine) }
+    if cpus != here.cpus { return ("--cpus", "\(cpus)", "\(here.cpus)") }
+    if memory != here.memory { return ("--memory", "\(memory >> 10)K", "\(here.memory >> 10)K") }
+    if controllers != here.controllers { return ("interrupt controllers", controllers, here.controllers) }
+    return disks == here.disks ? nil : ("the disks", Self.text(disks), Self.text(here.disks))
+  }
+
+  private static func text(_ disks: [Disk]) -> String {
+    if disks.isEmpty { return "none" }
+    return disks.map { "\($0.name) (\($0.path)\($0.isReadOnly ? ", read-only" : "")) in place \($0.slot)" }
+      .joined(separator: ", ")
+  }
+}

@@ -1,0 +1,106 @@
+import Foundation
+import Testing
+
+/// Machines that go on from a file.
+@Suite(
+  .enabled(
+    if: VMM.isBuilt && access("/usr/bin/qemu-img", X_OK) == 0,
+    "needs the release build, scripts/build-guests and qemu-utils"), .serialized)
+struct SaveTests {
+  static let engines: [String] = VMM.hasKVM ? ["soft", "kvm"] : ["soft"]
+  private static let records = "records=200 flush=10 sectors=16"
+
+  private func image(_ folder: TemporaryFolder) throws -> String {
+    let path = folder.path + "/disk.qcow2"
+    try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", path, "32M").status == 0)
+    return path
+  }
+
+  private func arguments(_ engine: String, cpus: Int, disk: String, queue: String = "split") -> [String] {
+    [
+      "disk", "--engine", engine, "--cpus", "\(cpus)", "--memory", "64M", "--time-limit", "300", "--disk", disk,
+      "--append", "mode=rewrite passes=100000 \(Self.records) queue=\(queue)",
+    ]
+  }
+
+  /// A guest that writes checked records goes on where it was, from file to file; its disk is right at the end.
+  @Test(arguments: engines, [1, 2])
+  func aWritingGuestGoesOn(engine: String, cpus: Int) throws {
+    let folder = try TemporaryFolder()
+    let disk = try image(folder)
+    let file = folder.path + "/saved"
+    let arguments = arguments(engine, cpus: cpus, disk: disk, queue: cpus == 1 ? "split" : "packed")
+    var machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    var last = ""
+    for round in 0..<4 {
+      let report = try #require(try machine.execute("x-swiftvmm-save", ["file": file, "stop": true]) as? [String: Any])
+      #expect(try #require(report["memory"] as? Int) > 1 << 16)
+      #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+      last = machine.text
+      machine = try RunningVMM(arguments + ["--restore", file] + (round % 2 == 0 ? ["--verify"] : []))
+      #expect(machine.waitFor("flushed", count: 30), "after \(last.suffix(300)): \(machine.text)")
+      #expect(!machine.text.contains("all passed") && !machine.text.contains("FAIL"), "\(machine.text.suffix(500))")
+    }
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(2000))")
+    #expect(try hostTool("qemu-img", "check", disk).status == 0)
+    let flushed = machine.text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+      .last { $0.hasPrefix("flushed") }
+    let words = try #require(flushed).split(separator: " ")
+    let verified = try VMM.run([
+      "run", "disk", "--engine", "soft", "--disk", disk, "--append",
+      "mode=verify \(Self.records) expect=\(words[1]) generation=\(words[3])",
+    ])
+    #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")
+  }
+
+  /// Without `stop` the machine goes on, and a reset of a restored machine boots it again.
+  @Test(arguments: engines)
+  func theSavedMachineGoesOnToo(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder.path + "/saved"
+    let arguments = arguments(engine, cpus: 1, disk: try image(folder))
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    try machine.execute("x-swiftvmm-save", ["file": file])
+    let count = machine.text.components(separatedBy: "flushed").count
+    #expect(machine.waitFor("flushed", count: count + 20), "\(machine.text.suffix(500))")
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0)
+    let restored = try RunningVMM(arguments + ["--restore", file, "--paused"])
+    try restored.execute("system_reset")
+    try restored.execute("cont")
+    #expect(restored.waitFor("disk 0: 65536 sectors"), "\(restored.text)")
+    try restored.execute("quit")
+    #expect(restored.waitUntilExit() == 0)
+  }
+
+  /// Each refusal is one line that names what is wrong, and status 66.
+  @Test func whatDoesNotFitIsRefused() throws {
+    let folder = try TemporaryFolder()
+    let disk = try image(folder)
+    let file = folder.path + "/saved"
+    let arguments = arguments("soft", cpus: 1, disk: disk)
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    let refused = try machine.refusal("x-swiftvmm-save", ["file": folder.path + "/none/saved"])
+    #expect(refused.contains("cannot open \(folder.path)/none/saved.part"), "\(refused)")
+    try machine.execute("x-swiftvmm-save", ["file": file, "stop": true])
+    #expect(machine.waitUntilExit() == 0)
+    func refusal(_ more: [String]) throws -> String {
+      let run = try VMM.run(["run"] + more)
+      #expect(run.status == 66, "\(more): \(run.status)")
+      #expect(run.errors.split(separator: "\n").count == 1, "\(run.errors)")
+      return run.errors
+    }
+    #expect(try refusal(arguments + ["--restore", file, "--cpus", "2"]).contains("--cpus 1, and this machine has 2"))
+    #expect(try refusal(arguments + ["--restore", file, "--memory", "65M"]).contains("--memory 65536K"))
+    #expect(try refusal(["disk", "--engine", "soft", "--memory", "64M", "--restore", file]).contains("the disks"))
+    #expect(try refusal(arguments + ["--restore", disk]).contains("is no saved machine"))
+    let handle = try #require(FileHandle(forUpdatingAtPath: file))
+    try handle.seek(toOffset: 8)
+    try handle.write(contentsOf: Data([2]))
+    #expect(try refusal(arguments + ["--restore", file]).contains("version 2, and this program reads 1"))
+  }
+}
