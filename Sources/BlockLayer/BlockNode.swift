@@ -117,6 +117,8 @@ public protocol BlockFile: AnyObject {
   func flush() throws(BlockError)
   /// Changes the length; what is added reads as zeros.
   func setLength(_ length: UInt64) throws(BlockError)
+  /// Makes the file longer, where the host then takes writes there faster; otherwise does nothing. What is added reads as zeros.
+  func reserve(upTo length: UInt64)
   /// Gives storage back to the host; the bytes read as zeros. false where the host cannot.
   func punchHole(at offset: UInt64, length: UInt64) throws(BlockError) -> Bool
   /// The next stretch of the file at `offset` of at most `length` bytes, and whether it is a hole.
@@ -134,6 +136,8 @@ public protocol BlockFile: AnyObject {
 extension BlockFile {
   /// Nothing does.
   public var identity: FileIdentity? { nil }
+  /// Does nothing.
+  public func reserve(upTo length: UInt64) {}
   /// Nobody knows.
   public var allocatedBytes: UInt64? { nil }
   /// A file that is for ever what it was opened for.

@@ -30,3 +30,7 @@ int64_t clinux_seek_data(int file, int64_t offset) { return lseek(file, offset, 
 int64_t clinux_seek_hole(int file, int64_t offset) { return lseek(file, offset, SEEK_HOLE); }
 
 const int clinux_direct_flag = O_DIRECT;
+
+int clinux_allocate(int file, int64_t offset, int64_t length) {
+  return fallocate(file, 0, offset, length);
+}

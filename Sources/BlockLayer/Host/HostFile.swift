@@ -269,6 +269,12 @@ public final class HostFile: BlockFile {
     return fstat(file.rawValue, &status) == 0 ? UInt64(status.st_blocks) * 512 : nil
   }
 
+  /// With storage, so that a direct write there is none that makes the file longer: those wait for each other.
+  public func reserve(upTo length: UInt64) {
+    guard access.direct, length > self.length else { return }
+    if clinux_allocate(file.rawValue, Int64(self.length), Int64(length - self.length)) == 0 { self.length = length }
+  }
+
   /// Has the host set aside storage for the whole file: posix_fallocate(3).
   public func allocateStorage() throws(BlockError) {
     guard length > 0 else { return }

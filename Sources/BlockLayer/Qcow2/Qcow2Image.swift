@@ -216,5 +216,6 @@ public final class Qcow2Image: BlockNode {
     // What the last write-back freed.
     try writeBackNow(withRefcounts: true)
     if header.usesLazyRefcounts { try clearDirty() }
+    refcounts.trim()
   }
 }

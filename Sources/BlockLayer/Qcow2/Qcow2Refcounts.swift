@@ -40,6 +40,8 @@ final class Qcow2Refcounts {
   private var firstFree: UInt64 = 1
   /// Clusters from here on were never used: the file ends before them, so they read as zeros.
   private(set) var untouched: UInt64
+  /// The file has been made longer than what is in use.
+  private var hasReserved = false
   /// Clusters of live tables, which no refcount makes free.
   private var metadata: Set<UInt64> = [0]
 
@@ -208,6 +210,11 @@ final class Qcow2Refcounts {
     guard (first + count) << clusterBits <= Qcow2Entry.offsetMask else {
       throw .io(call: "make larger", path: file.path, errno: 27)
     }
+    let end = (first + count) << clusterBits
+    if end > file.length {
+      file.reserve(upTo: end + min(max(end / 4, 1 << 20), 64 << 20))
+      hasReserved = file.length > end
+    }
     return (first << clusterBits, count, isFresh)
   }
 
@@ -231,6 +238,13 @@ final class Qcow2Refcounts {
     for index in first..<cluster { try set(index, 1) }
     untouched = max(untouched, cluster)
     return first << clusterBits
+  }
+
+  /// Gives back what the file has been made longer by; a file that keeps it is as good.
+  func trim() {
+    guard hasReserved else { return }
+    hasReserved = false
+    try? file.setLength(min(file.length, untouched << clusterBits))
   }
 
   private func isTaken(_ cluster: UInt64) throws(BlockError) -> Bool {

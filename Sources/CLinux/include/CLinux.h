@@ -192,6 +192,9 @@ int clinux_lock_byte(int file, int64_t offset, int lock);
 int clinux_byte_is_locked(int file, int64_t offset);
 /// fallocate(2) with the file's length kept.
 int clinux_punch_hole(int file, int64_t offset, int64_t length);
+/// fallocate(2): storage for a range, which reads as zeros where there was none; the file becomes longer. -1 with errno.
+int clinux_allocate(int file, int64_t offset, int64_t length);
+
 /// fallocate(2), which may make the file longer.
 int clinux_zero_range(int file, int64_t offset, int64_t length);
 /// lseek(2) to data or a hole at or after `offset`; -1 and errno (ENXIO past the last data) on failure.
