@@ -35,7 +35,34 @@ enum Qcow2Harness {
 
   static func writeSeeds(to directory: String) throws {
     try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true)
-    for (index, bits) in [1, 16, 64].enumerated() {
+    for (index, seed) in try seeds().enumerated() {
+      try Data(seed).write(to: URL(fileURLWithPath: "\(directory)/seed\(index)"))
+    }
+  }
+
+  /// Runs `count` images with bytes of their headers and tables changed.
+  static func mutate(count: Int, seed: UInt64) throws {
+    let seeds = try seeds()
+    var generator = Mixer(state: seed)
+    let values: [UInt8] = [0, 1, 2, 0x3f, 0x40, 0x7f, 0x80, 0xc0, 0xff]
+    for round in 0..<count {
+      var bytes = seeds[round % seeds.count]
+      for _ in 0..<Int.random(in: 1...8, using: &generator) {
+        // The header, or the file's tables, which come first in it.
+        let area = [128, 4096, bytes.count][Int.random(in: 0..<3, using: &generator)]
+        let place = Int.random(in: 0..<min(area, bytes.count), using: &generator)
+        bytes[place] =
+          Bool.random(using: &generator)
+          ? .random(in: 0...255, using: &generator) : values[Int.random(in: 0..<values.count, using: &generator)]
+      }
+      bytes.withUnsafeBufferPointer { run($0) }
+      if (round + 1) % 100_000 == 0 { print("\(round + 1) images") }
+    }
+  }
+
+  private static func seeds() throws -> [[UInt8]] {
+    var seeds: [[UInt8]] = []
+    for bits in [1, 16, 64] {
       var options = Qcow2CreateOptions(size: 128 << 10)
       options.clusterSize = 512
       options.refcountBits = UInt64(bits)
@@ -47,7 +74,21 @@ enum Qcow2Harness {
       if bits > 1 { try image.createSnapshot("s", seconds: 0, nanoseconds: 0) }
       try image.addBitmap("b", granularity: 512)
       try image.close()
-      try Data(file.bytes).write(to: URL(fileURLWithPath: "\(directory)/refcounts\(index)"))
+      seeds.append(file.bytes)
     }
+    return seeds
+  }
+}
+
+/// splitmix64.
+private struct Mixer: RandomNumberGenerator {
+  var state: UInt64
+
+  mutating func next() -> UInt64 {
+    state &+= 0x9e37_79b9_7f4a_7c15
+    var value = state
+    value = (value ^ value >> 30) &* 0xbf58_476d_1ce4_e5b9
+    value = (value ^ value >> 27) &* 0x94d0_49bb_1331_11eb
+    return value ^ value >> 31
   }
 }

@@ -1,9 +1,12 @@
 import CFuzz
 import Foundation
 
-// `--seeds DIRECTORY` writes valid images to begin with; anything else is libFuzzer's.
+// `--seeds DIRECTORY` writes valid images to begin with, `--mutate COUNT SEED` changes bytes of such images at random, which
+// goes far faster than with coverage to look at; anything else is libFuzzer's.
 if CommandLine.arguments.count == 3, CommandLine.arguments[1] == "--seeds" {
   try Qcow2Harness.writeSeeds(to: CommandLine.arguments[2])
+} else if CommandLine.arguments.count == 4, CommandLine.arguments[1] == "--mutate" {
+  try Qcow2Harness.mutate(count: Int(CommandLine.arguments[2]) ?? 0, seed: UInt64(CommandLine.arguments[3]) ?? 0)
 } else {
   var count = CommandLine.argc
   var arguments: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>? = CommandLine.unsafeArgv
