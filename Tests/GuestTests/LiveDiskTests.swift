@@ -248,6 +248,22 @@ struct LiveDiskTests {
     try verify([folder.path + "/top"], flushed: text)
   }
 
+  /// The guest starts again in the middle of its requests, with memory as it was, and goes on with the same disk.
+  @Test(arguments: engines, ["split", "packed"])
+  func aResetUnderLoadLosesNothing(engine: String, queue: String) throws {
+    let folder = try TemporaryFolder()
+    let path = try image(folder, "a")
+    let machine = try writer(engine, [path], "queue=\(queue)")
+    for round in 1...3 {
+      try machine.execute("system_reset")
+      #expect(machine.waitFor("disk 0:", count: round + 1), "\(machine.text.suffix(2000))")
+      goesOn(machine)
+    }
+    let text = try end(machine)
+    #expect(!text.contains("FAIL"), "\(text.suffix(2000))")
+    try verify([path], flushed: text)
+  }
+
   /// Killed at any moment of a loop of snapshots and merges: what was flushed is there.
   @Test(arguments: engines)
   func aKillAmongTheMergesLosesNothing(engine: String) throws {

@@ -71,8 +71,8 @@ struct SaveTests {
     let restored = try RunningVMM(arguments + ["--restore", file, "--paused"])
     try restored.execute("system_reset")
     try restored.execute("cont")
-    // It fails then, as after any reset: it takes its rings' memory for zeros.
     #expect(restored.waitFor("disk 0: 65536 sectors"), "\(restored.text)")
+    #expect(restored.waitFor("flushed"), "\(restored.text)")
     restored.kill()
   }
 

@@ -73,6 +73,12 @@ final class Virtqueue {
     deviceArea = guest_allocate(6 + 8 * UInt64(size), 4096)
     tables = guest_allocate(UInt64(size) * 48, 16)
     lengths = guest_allocate(UInt64(size) * 2, 2)
+    // After a reset, memory holds what it held before, and a device takes what it finds there for requests.
+    for (area, length) in [
+      (descriptors, UInt64(size) * 16), (driverArea, 6 + 2 * UInt64(size)), (deviceArea, 6 + 8 * UInt64(size)),
+    ] {
+      for offset in stride(from: 0, to: length, by: 2) { store16(area + offset, 0) }
+    }
     disableInterrupts()
   }
 
