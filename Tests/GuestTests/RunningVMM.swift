@@ -148,7 +148,7 @@ private final class QMP {
     let request: [String: Any] = ["execute": command, "arguments": arguments]
     guard var line = try? JSONSerialization.data(withJSONObject: request) else { return ["error": "no JSON"] }
     line.append(10)
-    let sent = line.withUnsafeBytes { write(descriptor, $0.baseAddress, $0.count) }
+    let sent = line.withUnsafeBytes { send(descriptor, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL)) }
     guard sent == line.count else { return ["error": "the socket is closed"] }
     while let message = message() {
       if message["event"] == nil { return message }
