@@ -38,10 +38,11 @@ enum DiskCommands {
         .array(try control.run { DiskReport.disks($0) })
       },
       QMPCommand(
-        "query-named-block-nodes", [.optional("flat", .bool)], returns: .array(.any)
+        "query-named-block-nodes", [.optional("flat", .bool), .optional("x-swiftvmm-all", .bool)], returns: .array(.any)
       ) { _, arguments throws(MonitorError) in
         let isFlat = arguments["flat"]?.boolValue ?? false
-        return .array(try control.run { DiskReport.nodes($0, isFlat: isFlat) })
+        let showsAll = arguments["x-swiftvmm-all"]?.boolValue ?? false
+        return .array(try control.run { DiskReport.nodes($0, isFlat: isFlat, showsAll: showsAll) })
       },
       QMPCommand(
         "block_resize",
@@ -166,6 +167,14 @@ enum DiskCommands {
         return try transact(actions, control)
       },
     ]
+  }
+
+  /// New overlays for disks, all put on at one instant.
+  static func snapshot(_ files: [(disk: String, file: String)], _ control: DiskControl) throws(MonitorError) {
+    try transact(
+      files.map { disk, file in
+        Action(type: "blockdev-snapshot-sync", data: ["device": .string(disk), "snapshot-file": .string(file)])
+      }, control)
   }
 
   /// What a transaction may consist of.

@@ -14,6 +14,8 @@ final class DiskControl: @unchecked Sendable {
   private(set) lazy var backups = DiskExports(self)
   /// Told, on the machine's thread, of a disk that the guest has let go of. Set before the machine runs.
   var onDeviceDeleted: (String) -> Void = { _ in }
+  /// Told, on the disks' thread, of a job that has ended. Set before the machine runs.
+  var onJobEnd: () -> Void = {}
   private var graph: BlockGraph { disks.graph }
   private let emit = Mutex<@Sendable (QMPEvent) -> Void>({ _ in })
   /// Files that `blockdev-add` has named and no format stands on; the disks' thread's.
@@ -33,6 +35,8 @@ final class DiskControl: @unchecked Sendable {
   private func tell(_ job: LiveJob, _ event: LiveJob.Event) {
     let emit = emit.withLock { $0 }
     for event in JobEvents.events(job, event) { emit(event) }
+    if case .completed = event { onJobEnd() }
+    if case .cancelled = event { onJobEnd() }
   }
 
   /// Tells every client of the control socket.

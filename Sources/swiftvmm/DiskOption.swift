@@ -110,12 +110,16 @@ final class RunDisks {
   let graph: BlockGraph
   private var disks: [(disk: Disk, live: LiveDisk)] = []
 
-  /// Opens every disk.
-  init(_ options: [DiskOption]) throws(Failure) {
+  /// Opens every disk; `followsSnapshots` in its newest layer, where snapshots have been made of the image that is named.
+  init(_ options: [DiskOption], followsSnapshots: Bool = false) throws(Failure) {
     do { thread = try IOThread() } catch { throw .host(error) }
     graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
-      let disk = try option.parse(number: number)
+      var disk = try option.parse(number: number)
+      if followsSnapshots, !disk.isReadOnly, let top = SnapshotCatalogue.newestLayer(above: disk.path) {
+        printError("swiftvmm: \(disk.name) goes on in \(top), above \(disk.path)")
+        (disk.path, disk.format) = (top, .qcow2)
+      }
       let overlay = disk.path + BackupJournal.overlaySuffix
       if BackupFiles.exists(overlay) { throw .backup(.needsRecovery(image: disk.path, overlay: overlay)) }
       if graph.disks[disk.name] != nil { throw .machine(.diskName(disk.name)) }

@@ -13,8 +13,11 @@ enum DiskReport {
     }
   }
 
-  static func nodes(_ graph: BlockGraph, isFlat: Bool) -> [JSONValue] {
-    graph.nodes.values.sorted { $0.name < $1.name }.map { .object(device($0, isFlat: isFlat)) }
+  /// `showsAll`: a backup's temporary snapshots too.
+  static func nodes(_ graph: BlockGraph, isFlat: Bool, showsAll: Bool) -> [JSONValue] {
+    graph.nodes.values.filter { showsAll || !$0.isBackupTemporary }.sorted { $0.name < $1.name }.map {
+      .object(device($0, isFlat: isFlat))
+    }
   }
 
   private static func device(_ node: LiveNode, isFlat: Bool) -> JSONObject {

@@ -102,6 +102,14 @@ struct RunCommand: ParsableCommand {
   @Option(name: .customLong("recovery-audit"), help: "Where the guest's requests for snapshots go, as JSON lines.")
   var recoveryAudit: String?
 
+  @Option(
+    name: .customLong("snapshot-every"),
+    help: "Make a live snapshot of all disks at this interval: a number with s, m, h or d, such as 10m.")
+  var snapshotEvery: String?
+
+  @Option(help: "With --snapshot-every: how many of its snapshots stay, 1 to 256; 24 unless told.")
+  var keep: Int?
+
   @Option(help: "Debugger: HOST:PORT or unix:PATH.")
   var gdb: String?
 
@@ -132,6 +140,8 @@ struct RunCommand: ParsableCommand {
     }
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
+    if keep != nil, snapshotEvery == nil { throw ValidationError("--keep needs --snapshot-every INTERVAL") }
+    if snapshotEvery != nil, disk.isEmpty { throw ValidationError("--snapshot-every needs a --disk") }
     if audit != nil, harden == nil { throw ValidationError("--audit needs --harden POLICY") }
     if verify, restore == nil { throw ValidationError("--verify needs --restore FILE") }
     if let timeLimit, !(timeLimit > 0 && timeLimit < 1e9) {

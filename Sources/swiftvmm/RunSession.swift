@@ -29,6 +29,8 @@ struct RunSession {
   init(_ options: RunCommand) throws(Failure) {
     self.options = options
     let memory = try parseSize(options.memory, option: "--memory")
+    if let text = options.snapshotEvery { _ = try SnapshotInterval(text) }
+    if let keep = options.keep { try SnapshotInterval.checkKeep(keep) }
     let image = try options.guest.map { name throws(Failure) in
       let path = try GuestCatalogue.path(of: name)
       return try Self.boot { () throws(BootError) in try BootImage(path: path) }
@@ -61,7 +63,9 @@ struct RunSession {
     configuration.takesTurns = options.smpThreads == .off
     configuration.onDeviceFault = { printError("swiftvmm: \($0)") }
     // Disks may come later, by the control socket.
-    disks = options.disk.isEmpty && options.control == nil ? nil : try RunDisks(options.disk)
+    disks =
+      options.disk.isEmpty && options.control == nil
+      ? nil : try RunDisks(options.disk, followsSnapshots: options.snapshotEvery != nil)
     configuration.disks = disks?.configuration
     ports = options.agent ? disks.map { MachinePorts(thread: $0.thread, names: [AgentControl.portName]) } : nil
     configuration.ports = ports
@@ -85,6 +89,15 @@ struct RunSession {
     saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
 
+  /// `--snapshot-every`.
+  private static func schedule(
+    _ options: RunCommand, _ keeper: SnapshotKeeper?, _ agent: AgentControl?
+  ) throws(Failure) -> SnapshotSchedule? {
+    guard let text = options.snapshotEvery, let keeper else { return nil }
+    return SnapshotSchedule(
+      keeper, agent, try SnapshotInterval(text), keep: options.keep ?? SnapshotInterval.defaultKeep)
+  }
+
   /// The first option that only the software engine has.
   private static func softOption(_ options: RunCommand, _ traces: [Trace.Subject]) -> String? {
     if options.deterministic { return "--deterministic" }
@@ -100,10 +113,13 @@ struct RunSession {
     let control = disks.map { DiskControl(machine, $0) }
     let agent = ports.map { AgentControl($0) }
     var agentCommands = agent.map { AgentCommands.all($0) } ?? []
-    if let agent, let control {
-      let snapshots = try GuestSnapshots(control, agent, policy: options.recovery, audit: options.recoveryAudit)
+    let keeper = try control.map { control throws(Failure) in try SnapshotKeeper(control) }
+    agentCommands += keeper?.commands ?? []
+    if let agent, let keeper {
+      let snapshots = try GuestSnapshots(keeper, agent, policy: options.recovery, audit: options.recoveryAudit)
       agentCommands += snapshots.commands
     }
+    let schedule = try Self.schedule(options, keeper, agent)
     let saver = MachineSaver(machine, engine: accelerator.name, disks: control, hasAgent: ports != nil)
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
@@ -122,8 +138,10 @@ struct RunSession {
     let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
     do { try machine.start(paused: options.paused, from: saved) } catch { throw .machine(error) }
+    schedule?.start()
     let outcome = machine.waitUntilOver()
     timer.cancel()
+    schedule?.stop()
     console.close()
     for trace in traces { trace.flush() }
     hardening?.log?.flush()

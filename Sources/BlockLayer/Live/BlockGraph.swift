@@ -46,6 +46,12 @@ public final class BlockGraph {
   public private(set) var jobs: [String: LiveJob] = [:]
   /// Told of what happens to jobs.
   public var onJob: (LiveJob, LiveJob.Event) -> Void = { _, _ in }
+  /// Told of disks that have new layers on top, while they are held: what was the top is a snapshot of this moment.
+  public var onCut: ([LiveDisk]) -> Void = { _ in }
+  /// Told of a commit that is about to begin: the disk, the layer that is merged and the lowest one that it goes into.
+  public var onCommit: (LiveDisk, LiveNode, LiveNode) -> Void = { _, _, _ in }
+  /// Told of a disk whose top layer is about to go, while it is held.
+  public var onPivot: (LiveDisk) -> Void = { _ in }
   private let loop: EventLoop?
   private var nextNumber = 0
 
@@ -170,6 +176,7 @@ public final class BlockGraph {
     _ id: String, _ disk: LiveDisk, base: LiveNode?, baseName: String? = nil, configure: (LiveJob) -> Void = { _ in }
   ) throws(BlockError) {
     try requireJob(id, on: disk)
+    if disk.isBackedUp { throw .diskIsBackedUp(disk.name) }
     begin(try StreamJob(id, disk, base: base, baseName: baseName, graph: self), configure)
   }
 
@@ -179,7 +186,11 @@ public final class BlockGraph {
     configure: (LiveJob) -> Void = { _ in }
   ) throws(BlockError) {
     try requireJob(id, on: disk)
-    begin(try CommitJob(id, disk, top: top, base: base, result: result, graph: self), configure)
+    let isOwnWayBack = result.removesTop && top === disk.top && disk.top.isBackupOverlay
+    if disk.isBackedUp, !isOwnWayBack { throw .diskIsBackedUp(disk.name) }
+    let job = try CommitJob(id, disk, top: top, base: base, result: result, graph: self)
+    onCommit(disk, top, base)
+    begin(job, configure)
   }
 
   /// Copies a disk as it is now (`blockdev-backup`); `mode` in QEMU's words: full, top, none, incremental.
@@ -189,6 +200,7 @@ public final class BlockGraph {
     configure: (LiveJob) -> Void = { _ in }
   ) throws(BlockError) -> LiveJob {
     try requireJob(id, on: disk)
+    if disk.isBackedUp { throw .diskIsBackedUp(disk.name) }
     guard let mode = BackupJob.Mode(rawValue: mode == "bitmap" ? "incremental" : mode) else {
       throw .invalid(what: "sync", value: mode, expected: "full, top, none or incremental")
     }
@@ -300,6 +312,7 @@ public final class BlockGraph {
           try? setBacking(of: layer, to: old)
           disk.replaceTop(layer)
         }
+        onCut(overlays.map(\.disk))
         for (disk, _) in overlays { disk.release() }
         var retiring = overlays.count
         for (overlay, layer) in zip(overlays, old) {
@@ -349,6 +362,7 @@ public final class BlockGraph {
   private func refusal(of overlay: Overlay) -> BlockError? {
     let layer = overlay.layer
     if layer.qcow2 == nil { return .unsupported(path: layer.path, .operation("a backing file")) }
+    if overlay.disk.isBackedUp { return .diskIsBackedUp(overlay.disk.name) }
     if let job = jobs.values.first(where: { $0.disk === overlay.disk && $0.kind != .backup }) {
       return .diskHasJob(overlay.disk.name, job: job.id)
     }

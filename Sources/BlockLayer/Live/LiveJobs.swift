@@ -186,6 +186,7 @@ final class CommitJob: LiveJob, WriteGuard {
 
   private func dropLayers() throws(BlockError) {
     if isActive {
+      graph.onPivot(disk)
       if result.removesTop { try CommitResult.removeFile(top.path) }
       disk.replaceTop(base)
       disk.forget(top)

@@ -21,8 +21,25 @@ extension BlockGraph {
     return try open(options)
   }
 
+  /// How the files end of the overlays that take a guest's writes during a backup.
+  public static let backupOverlaySuffix = ".backup-overlay"
+  /// How the files end of the layers that a backup's readers write to.
+  public static let backupTemporarySuffix = ".backup-temporary"
+
   /// A name that means the same file in every folder.
   public static func absolutePath(_ path: String) -> String { NBDURI.isURI(path) ? path : absolute(path) }
+}
+
+extension LiveNode {
+  /// Whether a backup has put it on its disk.
+  public var isBackupOverlay: Bool { path.hasSuffix(BlockGraph.backupOverlaySuffix) }
+  /// Whether it is what a backup is read from.
+  public var isBackupTemporary: Bool { path.hasSuffix(BlockGraph.backupTemporarySuffix) }
+}
+
+extension LiveDisk {
+  /// Whether a backup leads its writes beside it now.
+  public var isBackedUp: Bool { top.chain.contains { $0.isBackupOverlay } }
 }
 
 /// What the end of a commit leaves behind besides the merged layer.

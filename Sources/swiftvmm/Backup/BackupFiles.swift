@@ -27,6 +27,9 @@ enum BackupFiles {
     return slash == path.startIndex ? "/" : String(path[..<slash])
   }
 
+  /// What is behind the last slash.
+  static func name(of path: String) -> String { String(path.split(separator: "/").last ?? "") }
+
   static func makeFolder(_ path: String) throws(Failure) {
     guard mkdir(path, 0o700) == 0 || errno == EEXIST else {
       throw .backup(.file(call: "make", path: path, errno: errno))

@@ -1,3 +1,4 @@
+import BlockLayer
 import Glibc
 import Host
 import JSON
@@ -25,14 +26,14 @@ struct BackupJournal {
     /// Where the guest's writes go meanwhile.
     var overlay: String { image + BackupJournal.overlaySuffix }
     /// The layer of whoever reads the state at the cut.
-    var temporary: String { image + ".backup-temporary" }
+    var temporary: String { image + BlockGraph.backupTemporarySuffix }
     /// Its name, and its export's.
     var name: String { "backup-\(device)" }
     /// The job that merges the overlay.
     var job: String { name }
   }
 
-  static let overlaySuffix = ".backup-overlay"
+  static let overlaySuffix = BlockGraph.backupOverlaySuffix
   private static let suffix = ".backup-journal"
 
   let id: String

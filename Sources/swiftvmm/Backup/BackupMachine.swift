@@ -113,6 +113,14 @@ final class BackupMachine {
     if let failure { throw failure }
   }
 
+  /// Waits until no schedule merges snapshots of these disks.
+  func waitForMerges(of devices: [String]) throws(Failure) {
+    while try jobs().keys.contains(where: { job in devices.contains { job == SnapshotSchedule.job(of: $0) } }) {
+      try BackupCancel.check()
+      usleep(10_000)
+    }
+  }
+
   /// The jobs under way, or not yet dismissed, by id.
   func jobs() throws(Failure) -> [String: (status: String, error: String?)] {
     var jobs: [String: (status: String, error: String?)] = [:]

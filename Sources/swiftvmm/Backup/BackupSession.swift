@@ -133,7 +133,7 @@ final class BackupSession {
     if var record {
       let disks = zip(work, results).map { work, result in
         BackupRecord.Disk(
-          device: result.device, file: Self.name(of: work.path ?? ""), size: result.size,
+          device: result.device, file: BackupFiles.name(of: work.path ?? ""), size: result.size,
           parent: result.isIncremental ? work.parent?.file : nil, moved: result.moved)
       }
       record.backups.append(BackupRecord.Backup(id: id, disks: disks, configuration: configuration))
@@ -146,10 +146,6 @@ final class BackupSession {
     return results
   }
 
-  private static func name(of path: String) -> String {
-    String(path.split(separator: "/").last ?? "")
-  }
-
   /// One instant for all disks; what the guest has flushed is below, what it writes from then on above.
   private func cut(_ work: [Work]) throws(Failure) {
     let actions = work.map { work -> JSONValue in
@@ -158,6 +154,7 @@ final class BackupSession {
         "data": ["device": .string(work.disk.device), "snapshot-file": .string(work.entry.overlay)],
       ]
     }
+    try machine.waitForMerges(of: work.map(\.disk.device))
     let isFrozen = try freeze()
     // The agent thaws by itself after a while, so a machine whose backup is killed here goes on too.
     defer { if isFrozen { _ = try? machine.execute("x-swiftvmm-agent", ["request": "fs-thaw"]) } }

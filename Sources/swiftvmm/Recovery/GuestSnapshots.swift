@@ -47,30 +47,10 @@ enum RecoveryFault: Error {
 
 /// Snapshots of a machine's disks for its guest: asked for through the agent, plugged in as disks of their own.
 ///
-/// The catalogue is the chain: each layer below a disk's top is the disk as it was when that layer took its last write.
+/// Each layer below a disk's top is the disk as it was when the layer above was put on (`SnapshotKeeper`).
 final class GuestSnapshots: @unchecked Sendable {
   /// Snapshots that are attached at a time.
   static let mostAttached = 4
-
-  /// A snapshot of a disk.
-  struct Snapshot {
-    var id: String
-    var disk: String
-    var parent: String?
-    /// Milliseconds since 1970, of its last write.
-    var time: UInt64
-    var size: UInt64
-    var format: String
-    var node: String
-
-    var json: JSONValue {
-      [
-        "id": .string(id), "disk": .string(disk), "parent": parent.map { .string($0) } ?? .null,
-        "time": JSONValue(time), "utc": .string(RecoveryTime.text(time)), "size": JSONValue(size),
-        "format": .string(format),
-      ]
-    }
-  }
 
   private final class AuditFile: Sendable {
     let file: FileDescriptor
@@ -85,23 +65,23 @@ final class GuestSnapshots: @unchecked Sendable {
     var file: String
   }
 
-  private let control: DiskControl
+  private let keeper: SnapshotKeeper
+  private var control: DiskControl { keeper.control }
+  private var worker: RecoveryWorker { keeper.worker }
   private let agent: AgentControl
   private let policy: RecoveryPolicy
   private let audit: AuditFile?
   // These are the monitor thread's that runs the requests, one at a time.
-  private let worker: RecoveryWorker
   private var attached: [String: Attached] = [:]
   private var revoked: Set<String> = []
   private var nextNumber = 1
 
-  init(_ control: DiskControl, _ agent: AgentControl, policy: RecoveryPolicy, audit: String?) throws(Failure) {
-    self.control = control
+  init(_ keeper: SnapshotKeeper, _ agent: AgentControl, policy: RecoveryPolicy, audit: String?) throws(Failure) {
+    self.keeper = keeper
     self.agent = agent
     self.policy = policy
     do throws(HostError) {
       if let audit { self.audit = try AuditFile(audit) } else { self.audit = nil }
-      worker = try RecoveryWorker()
     } catch {
       throw .host(error)
     }
@@ -110,7 +90,7 @@ final class GuestSnapshots: @unchecked Sendable {
         guard let self else { return done(.failure(.init(text: "the machine ends"))) }
         let answer = Answer(done)
         // Plugging waits for the disks' thread, which this is.
-        worker.run { self.serve(request, arguments, answer) }
+        self.worker.run { self.serve(request, arguments, answer) }
       }
     }
     control.onDeviceDeleted = { [weak self] name in self?.deviceDeleted(name) }
@@ -163,26 +143,10 @@ final class GuestSnapshots: @unchecked Sendable {
 
   // MARK: The catalogue
 
-  private func catalogue() -> Result<[Snapshot], RecoveryFault> {
-    do throws(MonitorError) {
-      let all = try control.run { graph in
-        graph.disks.values.filter { !Self.isOwn($0) }.flatMap { Self.snapshots(of: $0) }
-      }
-      return .success(all.sorted { $0.time < $1.time })
-    } catch {
-      return .failure(.failed("\(error)"))
-    }
-  }
+  private typealias Snapshot = SnapshotKeeper.Snapshot
 
-  private static func snapshots(of disk: LiveDisk) -> [Snapshot] {
-    disk.top.chain.compactMap { upper in
-      // What a backup has put on top is gone soon, and with it this state of the disk.
-      guard let layer = upper.backing, !upper.path.hasSuffix(BackupJournal.overlaySuffix) else { return nil }
-      guard let time = RecoveryTime.modified(layer.path) else { return nil }
-      return Snapshot(
-        id: name(layer.path), disk: disk.name, parent: layer.backing.map { name($0.path) }, time: time,
-        size: layer.node.size, format: layer.format.rawValue, node: layer.name)
-    }
+  private func catalogue() -> Result<[Snapshot], RecoveryFault> {
+    do throws(MonitorError) { return .success(try keeper.snapshots()) } catch { return .failure(.failed("\(error)")) }
   }
 
   private static let nodePrefix = "#snapshot-"
@@ -190,14 +154,15 @@ final class GuestSnapshots: @unchecked Sendable {
   /// Whether a disk is a snapshot that was plugged in here: no listing of the machine's disks has it.
   static func isOwn(_ disk: LiveDisk) -> Bool { disk.top.name.hasPrefix(nodePrefix) }
 
-  private static func name(_ path: String) -> String { String(path.split(separator: "/").last ?? "") }
-
   private func list(_ arguments: JSONObject) -> Result<JSONValue, RecoveryFault> {
     catalogue().map { all in
       let attached = attached.map { serial, entry -> JSONValue in
         ["serial": .string(serial), "id": .string(entry.id)]
       }
-      return ["snapshots": .array(all.map(\.json)), "attached": .array(attached)]
+      return [
+        "snapshots": .array(all.map(\.json)), "attached": .array(attached),
+        "generations": .object(keeper.generations),
+      ]
     }
   }
 
@@ -209,13 +174,13 @@ final class GuestSnapshots: @unchecked Sendable {
     }
     if let wish = arguments["snapshot"] {
       guard let id = wish.stringValue, Self.isIdentifier(id) else { throw .badIdentifier }
-      guard let found = all.first(where: { $0.id == id }) else { throw .noSnapshot("called \(id)") }
+      guard let found = all.first(where: { $0.entry.id == id }) else { throw .noSnapshot("called \(id)") }
       return found
     }
     for (key, choose) in [
-      ("at", { snapshots, time in snapshots.first { $0.time == time } }),
-      ("before", { snapshots, time in snapshots.last { $0.time < time } }),
-      ("after", { snapshots, time in snapshots.first { $0.time > time } }),
+      ("at", { snapshots, time in snapshots.first { $0.entry.time == time } }),
+      ("before", { snapshots, time in snapshots.last { $0.entry.time < time } }),
+      ("after", { snapshots, time in snapshots.first { $0.entry.time > time } }),
     ] as [(String, ([Snapshot], UInt64) -> Snapshot?)] {
       guard let value = arguments[key] else { continue }
       guard let time = value.unsignedValue ?? value.stringValue.flatMap(RecoveryTime.parse) else {
@@ -227,12 +192,14 @@ final class GuestSnapshots: @unchecked Sendable {
     throw .needsOne
   }
 
-  private static func isIdentifier(_ text: String) -> Bool {
-    !text.isEmpty && text.utf8.count <= 128 && !text.hasPrefix(".")
-      && text.utf8.allSatisfy { byte in
-        (0x30...0x39).contains(byte) || (0x41...0x5a).contains(byte) || (0x61...0x7a).contains(byte)
-          || "-._".utf8.contains(byte)
-      }
+  static func isIdentifier(_ text: String) -> Bool {
+    !text.isEmpty && text.utf8.count <= SnapshotCatalogue.longestIdentifier && !text.hasPrefix(".")
+      && text.utf8.allSatisfy(isIdentifier)
+  }
+
+  static func isIdentifier(_ byte: UInt8) -> Bool {
+    (0x30...0x39).contains(byte) || (0x41...0x5a).contains(byte) || (0x61...0x7a).contains(byte)
+      || "-._".utf8.contains(byte)
   }
 
   // MARK: Attaching
@@ -240,7 +207,7 @@ final class GuestSnapshots: @unchecked Sendable {
   private func attach(_ arguments: JSONObject) -> Result<JSONValue, RecoveryFault> {
     do throws(RecoveryFault) {
       let snapshot = try find(arguments)
-      if revoked.contains(snapshot.id) { throw .revoked(snapshot.id) }
+      if revoked.contains(snapshot.entry.id) { throw .revoked(snapshot.entry.id) }
       guard attached.count < Self.mostAttached else { throw .quota(Self.mostAttached) }
       let serial = "snapshot-\(nextNumber)"
       nextNumber += 1
@@ -285,7 +252,7 @@ final class GuestSnapshots: @unchecked Sendable {
       try? control.delete("#" + serial)
       throw error
     }
-    attached[serial] = Attached(id: snapshot.id, node: "#" + serial, file: path)
+    attached[serial] = Attached(id: snapshot.entry.id, node: "#" + serial, file: path)
   }
 
   private func detach(_ arguments: JSONObject) -> Result<JSONValue, RecoveryFault> {
@@ -325,100 +292,12 @@ final class GuestSnapshots: @unchecked Sendable {
   /// QMP's commands on the snapshots that a guest may have.
   var commands: [QMPCommand] {
     [
-      QMPCommand("x-swiftvmm-query-snapshots", returns: .any) { [self] _, _ throws(MonitorError) in
-        switch worker.wait({ [self] in list([:]) }) {
-        case .success(let value): value
-        case .failure(let fault): throw .refused(fault.text)
-        }
-      },
       QMPCommand(
         "x-swiftvmm-snapshot-right", [.required("id", .string), .required("allowed", .bool)]
       ) { [self] _, arguments in
         setRevoked(arguments.text("id"), arguments["allowed"]?.boolValue == false)
         return [:]
-      },
+      }
     ]
-  }
-}
-
-/// A thread for what waits for the disks' thread.
-final class RecoveryWorker: @unchecked Sendable {
-  private let loop: EventLoop
-  private var thread: HostThread?
-
-  init() throws(HostError) {
-    loop = try EventLoop()
-    let loop = loop
-    thread = try HostThread(name: "recovery") { loop.run() }
-  }
-
-  deinit {
-    loop.stop()
-    thread?.join()
-  }
-
-  func run(_ body: @escaping @Sendable () -> Void) { loop.execute(body) }
-
-  /// Runs `body` on the thread and waits for what it returns.
-  func wait<Result>(_ body: @escaping () -> Result) -> Result {
-    let outcome = Condition<Carried<Result>?>(nil)
-    let work = Carried(body)
-    loop.execute {
-      let result = Carried(work.value())
-      outcome.withLock { $0 = result }
-    }
-    return outcome.wait { $0 }.value
-  }
-
-  private struct Carried<Value>: @unchecked Sendable {
-    let value: Value
-    init(_ value: Value) { self.value = value }
-  }
-}
-
-/// Times of snapshots: milliseconds since 1970, UTC.
-enum RecoveryTime {
-  static func now() -> UInt64 {
-    var time = timespec()
-    clock_gettime(CLOCK_REALTIME, &time)
-    return UInt64(time.tv_sec) * 1000 + UInt64(time.tv_nsec) / 1_000_000
-  }
-
-  /// When a file was last written to.
-  static func modified(_ path: String) -> UInt64? {
-    var status = stat()
-    guard stat(path, &status) == 0, status.st_mtim.tv_sec >= 0 else { return nil }
-    return UInt64(status.st_mtim.tv_sec) * 1000 + UInt64(status.st_mtim.tv_nsec) / 1_000_000
-  }
-
-  static func text(_ milliseconds: UInt64) -> String {
-    var seconds = time_t(clamping: milliseconds / 1000)
-    var parts = tm()
-    guard gmtime_r(&seconds, &parts) != nil else { return "\(milliseconds)" }
-    func two(_ value: Int32) -> String { value < 10 ? "0\(value)" : "\(value)" }
-    return "\(parts.tm_year + 1900)-\(two(parts.tm_mon + 1))-\(two(parts.tm_mday))T\(two(parts.tm_hour)):"
-      + "\(two(parts.tm_min)):\(two(parts.tm_sec))Z"
-  }
-
-  /// `YYYY-MM-DDTHH:MM:SSZ`.
-  static func parse(_ text: String) -> UInt64? {
-    let bytes = Array(text.utf8)
-    guard bytes.count == 20 else { return nil }
-    for (place, mark) in [(4, "-"), (7, "-"), (10, "T"), (13, ":"), (16, ":"), (19, "Z")] {
-      guard bytes[place] == mark.utf8.first else { return nil }
-    }
-    func number(_ range: Range<Int>) -> Int32? {
-      guard range.allSatisfy({ (0x30...0x39).contains(bytes[$0]) }) else { return nil }
-      return range.reduce(0) { $0 * 10 + Int32(bytes[$1] - 0x30) }
-    }
-    guard let year = number(0..<4), let month = number(5..<7), let day = number(8..<10), let hour = number(11..<13),
-      let minute = number(14..<16), let second = number(17..<19), year >= 1970, (1...12).contains(month),
-      (1...31).contains(day), hour < 24, minute < 60, second < 61
-    else { return nil }
-    var parts = tm()
-    (parts.tm_year, parts.tm_mon, parts.tm_mday) = (year - 1900, month - 1, day)
-    (parts.tm_hour, parts.tm_min, parts.tm_sec) = (hour, minute, second)
-    let seconds = timegm(&parts)
-    return seconds < 0 ? nil : UInt64(seconds) * 1000
   }
 }
