@@ -48,6 +48,8 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
   /// A job with that id, or on that disk, or none.
   case jobExists(String)
   case diskHasJob(String, job: String)
+  /// A disk whose writes are limited takes no more.
+  case quota(String, limit: UInt64)
   /// A disk whose writes a backup leads beside it cannot have its layers changed by others.
   case diskIsBackedUp(String)
   case noJob(String)
@@ -86,6 +88,8 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
     case .aborted: "the transaction has an action abort"
     case .notBelow(let name, let top): "the layer \(name) is not below \(top)"
     case .jobExists(let id): "Job ID '\(id)' already in use"
+    case .quota(let disk, let limit):
+      "the disk \(disk) takes no more writes: the quota of \(limit) bytes for writes to snapshots is used up"
     case .diskIsBackedUp(let disk):
       "the disk \(disk) is being backed up, and its layers stay as they are until then; wait for the backup's end or cancel it"
     case .diskHasJob(let disk, let job): "the disk \(disk) has a job, \(job); wait for its end or cancel it"

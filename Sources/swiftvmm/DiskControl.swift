@@ -3,6 +3,7 @@ import Host
 import Machine
 import Monitor
 import Synchronization
+import Virtio
 
 /// The disks of a running machine as QMP's commands see them: each call runs on the disks' thread and waits for it.
 final class DiskControl: @unchecked Sendable {
@@ -95,22 +96,29 @@ final class DiskControl: @unchecked Sendable {
 
   // MARK: Devices
 
-  /// Plugs a disk in over a layer.
-  func plugIn(_ id: String, layer: String, serial: String?) throws(MonitorError) {
+  /// Plugs a disk in over a layer; `quota` limits what the guest writes to it.
+  func plugIn(_ id: String, layer: String, serial: String?, quota: WriteQuota? = nil) throws(MonitorError) {
     let live = try run { [self] graph throws(BlockError) in
       if let file = files.removeValue(forKey: layer) {
         var options = file
         options.format = .raw
         _ = try graph.open(options)
       }
-      return Unchecked(try graph.addDisk(id, on: graph.node(layer)))
+      let disk = try graph.addDisk(id, on: graph.node(layer))
+      quota?.cover(disk)
+      return Unchecked(disk)
     }
     var disk = MachineDisk(name: id, node: live.value)
     if let serial { disk.serial = serial }
+    // A guest that has used up what it was granted is told so, and goes on.
+    if quota != nil { disk.writeErrors = .report }
     do throws(MachineError) {
       try machine.plugIn(disk, on: disks.thread)
     } catch {
-      try run { graph in graph.removeDisk(live.value) }
+      try run { graph in
+        quota?.release(live.value)
+        graph.removeDisk(live.value)
+      }
       throw .refused("\(error)")
     }
   }
@@ -126,6 +134,7 @@ final class DiskControl: @unchecked Sendable {
       exports.diskGone(disk, graph)
       backups.diskGone(disk, graph)
       for job in graph.jobs.values where job.disk === disk { job.cancel() }
+      disk.leaveQuota()
       graph.removeDisk(disk)
       graph.drop(disk.top)
     }

@@ -91,7 +91,7 @@ enum Failure: Error {
     case .queue: .unavailable
     // Only the control socket's clients, who get no status, meet these.
     case .noNode, .noDisk, .nodeNameTaken, .nodeInUse, .overlayHasBacking, .diskTwice, .aborted, .notBelow, .jobExists,
-      .diskHasJob, .diskIsBackedUp, .noJob, .jobState:
+      .diskHasJob, .diskIsBackedUp, .quota, .noJob, .jobState:
       .usage
     }
   }

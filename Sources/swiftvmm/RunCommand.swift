@@ -99,6 +99,11 @@ struct RunCommand: ParsableCommand {
   @Option(help: "What the guest may do with its disks' snapshots by way of its agent: off, read-only, copy-on-write.")
   var recovery = RecoveryPolicy.readOnly
 
+  @Option(
+    name: .customLong("recovery-quota"),
+    help: "With --recovery copy-on-write: how much the guest may write to attached snapshots together.")
+  var recoveryQuota = "1G"
+
   @Option(name: .customLong("recovery-audit"), help: "Where the guest's requests for snapshots go, as JSON lines.")
   var recoveryAudit: String?
 

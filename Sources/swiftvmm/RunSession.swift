@@ -30,6 +30,7 @@ struct RunSession {
     self.options = options
     let memory = try parseSize(options.memory, option: "--memory")
     if let text = options.snapshotEvery { _ = try SnapshotInterval(text) }
+    _ = try parseSize(options.recoveryQuota, option: "--recovery-quota")
     if let keep = options.keep { try SnapshotInterval.checkKeep(keep) }
     let image = try options.guest.map { name throws(Failure) in
       let path = try GuestCatalogue.path(of: name)
@@ -116,7 +117,9 @@ struct RunSession {
     let keeper = try control.map { control throws(Failure) in try SnapshotKeeper(control) }
     agentCommands += keeper?.commands ?? []
     if let agent, let keeper {
-      let snapshots = try GuestSnapshots(keeper, agent, policy: options.recovery, audit: options.recoveryAudit)
+      let snapshots = try GuestSnapshots(
+        keeper, agent, policy: options.recovery, quota: parseSize(options.recoveryQuota, option: "--recovery-quota"),
+        audit: options.recoveryAudit)
       agentCommands += snapshots.commands
     }
     let schedule = try Self.schedule(options, keeper, agent)

@@ -74,7 +74,7 @@ enum ACPI {
   static func powerOffType(in dsdt: Table) -> UInt8? {
     var offset: UInt64 = 36
     while true {
-      offset = scan_underscore(dsdt.address, offset, dsdt.length)
+      offset = scan_byte(dsdt.address, offset, dsdt.length, UInt8(ascii: "_"))
       if offset + 8 >= dsdt.length { return nil }
       let name = dsdt.address + offset
       if load32(name) == 0x5f35_535f && load8(name + 4) == 0x12 {

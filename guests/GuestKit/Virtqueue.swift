@@ -37,6 +37,8 @@ final class Virtqueue {
     static let wrap: UInt16 = 1 << 15
   }
 
+  /// Bytes that the device wrote into the request that was taken last.
+  private(set) var takenLength: UInt32 = 0
   let index: UInt16
   let size: UInt16
   let isPacked: Bool
@@ -69,16 +71,14 @@ final class Virtqueue {
     hasIndirect = features & VirtioPCI.Feature.indirect != 0
     slots = hasIndirect ? size : size / 3
     descriptors = guest_allocate(UInt64(size) * 16, 4096)
-    driverArea = guest_allocate(6 + 2 * UInt64(size), 4096)
-    deviceArea = guest_allocate(6 + 8 * UInt64(size), 4096)
+    driverArea = guest_allocate(8 + 2 * UInt64(size), 4096)
+    deviceArea = guest_allocate(8 + 8 * UInt64(size), 4096)
     tables = guest_allocate(UInt64(size) * 48, 16)
     lengths = guest_allocate(UInt64(size) * 2, 2)
     // After a reset, memory holds what it held before, and a device takes what it finds there for requests.
-    for (area, length) in [
-      (descriptors, UInt64(size) * 16), (driverArea, 6 + 2 * UInt64(size)), (deviceArea, 6 + 8 * UInt64(size)),
-    ] {
-      for offset in stride(from: 0, to: length, by: 2) { store16(area + offset, 0) }
-    }
+    fill64(descriptors, 0, UInt64(size) * 2)
+    fill64(driverArea, 0, 1 + UInt64(size) / 4)
+    fill64(deviceArea, 0, 1 + UInt64(size))
     disableInterrupts()
   }
 
@@ -166,6 +166,7 @@ final class Virtqueue {
   private func takeSplit() -> UInt16? {
     if load16(deviceArea + 2) == nextUsed { return nil }
     let id = load32(deviceArea + 4 + UInt64(nextUsed & (size - 1)) * 8)
+    takenLength = load32(deviceArea + 8 + UInt64(nextUsed & (size - 1)) * 8)
     nextUsed &+= 1
     expect("a used head", UInt64(id) < UInt64(size) && (hasIndirect || id % 3 == 0))
     return UInt16(truncatingIfNeeded: hasIndirect ? id : id / 3)
@@ -179,6 +180,7 @@ final class Virtqueue {
   private func takePacked() -> UInt16? {
     if !isUsedPacked { return nil }
     let slot = load16(descriptors + UInt64(nextUsed) * 16 + 12)
+    takenLength = load32(descriptors + UInt64(nextUsed) * 16 + 8)
     expect("a used buffer's id", slot < slots)
     nextUsed += load16(lengths + UInt64(slot) * 2)
     if nextUsed >= size {

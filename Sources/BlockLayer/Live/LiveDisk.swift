@@ -11,6 +11,8 @@ public final class LiveDisk: BlockNode {
   /// Told of a new size.
   public var onResize: () -> Void = {}
 
+  /// What limits its writes; nil for nothing.
+  var quota: WriteQuota?
   private var underWay = 0
   private var holds = 0
   private var held: [BlockRequest] = []
@@ -62,6 +64,10 @@ public final class LiveDisk: BlockNode {
   }
 
   private func change(_ request: BlockRequest) {
+    if let quota, request.length > 0, rangeError(request) == nil {
+      let range = request.offset..<(request.offset + request.length)
+      if let error = quota.refuse(self, range) { return request.completion(error) }
+    }
     guard request.length > 0, rangeError(request) == nil, isClaiming > 0 || !guards.isEmpty else {
       top.mark(request.offset, request.length)
       return top.node.submit(request)
@@ -97,6 +103,9 @@ public final class LiveDisk: BlockNode {
         flush(request)
       })
   }
+
+  /// No quota limits it any more, and what it has used is free.
+  public func leaveQuota() { quota?.release(self) }
 
   // MARK: Changing the layers
 

@@ -235,6 +235,13 @@ public final class DirtyBitmap {
     for block in Int(offset / granularity)...last { self[block] = true }
   }
 
+  /// Blocks of a range that are not set.
+  func unset(in range: Range<UInt64>) -> Int {
+    guard !range.isEmpty, range.lowerBound < size else { return 0 }
+    let last = Int((min(range.upperBound, size) - 1) / granularity)
+    return (Int(range.lowerBound / granularity)...last).reduce(0) { $0 + (self[$1] ? 0 : 1) }
+  }
+
   /// Sets every bit.
   public func setAll() { set(0, size) }
 

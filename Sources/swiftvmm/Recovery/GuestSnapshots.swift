@@ -5,6 +5,7 @@ import Host
 import JSON
 import Machine
 import Monitor
+import Synchronization
 
 /// What a guest may do with the snapshots of its disks.
 enum RecoveryPolicy: String, CaseIterable, ExpressibleByArgument {
@@ -26,6 +27,7 @@ enum RecoveryFault: Error {
   case badTime(String)
   case needsOne
   case quota(Int)
+  case bytes(UInt64)
   case notAttached(String)
   case failed(String)
 
@@ -39,6 +41,8 @@ enum RecoveryFault: Error {
     case .badTime(let text): "\(text) is no time: give milliseconds since 1970, or YYYY-MM-DDTHH:MM:SSZ"
     case .needsOne: "say which one: snapshot, at, before or after"
     case .quota(let limit): "\(limit) snapshots are attached, which is as many as there may be: detach one"
+    case .bytes(let limit):
+      "what is written to attached snapshots is \(limit) bytes, which is as much as there may be: detach one"
     case .notAttached(let serial): "no snapshot is attached as \(serial)"
     case .failed(let reason): reason
     }
@@ -75,8 +79,14 @@ final class GuestSnapshots: @unchecked Sendable {
   private var attached: [String: Attached] = [:]
   private var revoked: Set<String> = []
   private var nextNumber = 1
+  /// The disks' thread's.
+  private let quota: WriteQuota
 
-  init(_ keeper: SnapshotKeeper, _ agent: AgentControl, policy: RecoveryPolicy, audit: String?) throws(Failure) {
+  /// `quota`: bytes that the guest may write to attached snapshots together.
+  init(
+    _ keeper: SnapshotKeeper, _ agent: AgentControl, policy: RecoveryPolicy, quota: UInt64, audit: String?
+  ) throws(Failure) {
+    self.quota = WriteQuota(limit: quota)
     self.keeper = keeper
     self.agent = agent
     self.policy = policy
@@ -92,6 +102,13 @@ final class GuestSnapshots: @unchecked Sendable {
         // Plugging waits for the disks' thread, which this is.
         self.worker.run { self.serve(request, arguments, answer) }
       }
+    }
+    let refused = Mutex<Set<String>>([])
+    self.quota.onRefusal = { [weak self] disk in
+      let name = disk.name
+      // Once a disk: a guest that goes on trying fills no audit.
+      guard let self, refused.withLock({ $0.insert(name).inserted }) else { return }
+      self.worker.run { self.quotaUsedUp(name) }
     }
     control.onDeviceDeleted = { [weak self] name in self?.deviceDeleted(name) }
   }
@@ -209,6 +226,8 @@ final class GuestSnapshots: @unchecked Sendable {
       let snapshot = try find(arguments)
       if revoked.contains(snapshot.entry.id) { throw .revoked(snapshot.entry.id) }
       guard attached.count < Self.mostAttached else { throw .quota(Self.mostAttached) }
+      let isUsedUp = control.disks.thread.perform { [quota] in quota.used >= quota.limit }
+      if policy == .copyOnWrite, isUsedUp { throw .bytes(quota.limit) }
       let serial = "snapshot-\(nextNumber)"
       nextNumber += 1
       do throws(MonitorError) {
@@ -247,7 +266,7 @@ final class GuestSnapshots: @unchecked Sendable {
       _ = try graph.openTemporary(path, name: "#" + serial, above: graph.node(snapshot.node), isWritable: isWritable)
     }
     do throws(MonitorError) {
-      try control.plugIn(serial, layer: "#" + serial, serial: serial)
+      try control.plugIn(serial, layer: "#" + serial, serial: serial, quota: quota)
     } catch {
       try? control.delete("#" + serial)
       throw error
@@ -260,6 +279,18 @@ final class GuestSnapshots: @unchecked Sendable {
     guard attached[serial] != nil else { return .failure(.notAttached(String(serial.prefix(64)))) }
     do throws(MonitorError) { try control.unplug(serial) } catch { return .failure(.failed("\(error)")) }
     return .success(["serial": .string(serial)])
+  }
+
+  /// The guest wants to write more than it was granted.
+  private func quotaUsedUp(_ name: String) {
+    guard let entry = attached[name] else { return }
+    write([
+      "time": .string(RecoveryTime.text(RecoveryTime.now())), "request": "write", "serial": .string(name),
+      "id": .string(entry.id), "refused": .string(RecoveryFault.bytes(quota.limit).text),
+    ])
+    control.disks.thread.perform { [agent] in
+      agent.tell("snapshot-quota", ["serial": .string(name), "id": .string(entry.id)])
+    }
   }
 
   /// The guest has let go of a disk.

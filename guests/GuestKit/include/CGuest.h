@@ -107,14 +107,14 @@ extern uint8_t guest_text_start[], guest_text_end[];
 GUEST_INLINE uint64_t text_start_address(void) { return (uint64_t)guest_text_start; }
 GUEST_INLINE uint64_t text_end_address(void) { return (uint64_t)guest_text_end; }
 
-// Offset of the first `_` at or after `from`, or `size`. A string instruction, because each ring-0 instruction may cost a
+// Offset of the first such byte at or after `from`, or `size`. A string instruction, because each ring-0 instruction may cost a
 // microsecond where ring 0 is emulated.
-GUEST_INLINE uint64_t scan_underscore(uint64_t base, uint64_t from, uint64_t size) {
+GUEST_INLINE uint64_t scan_byte(uint64_t base, uint64_t from, uint64_t size, uint8_t byte) {
   const uint8_t *p = (const uint8_t *)base + from;
   uint64_t left = size - from;
   uint8_t found = 0;
   if (from >= size) return size;
-  __asm__ volatile("repne scasb; sete %2" : "+D"(p), "+c"(left), "=q"(found) : "a"((uint8_t)'_') : "cc", "memory");
+  __asm__ volatile("repne scasb; sete %2" : "+D"(p), "+c"(left), "=q"(found) : "a"(byte) : "cc", "memory");
   return found ? size - left - 1 : size;
 }
 
