@@ -50,6 +50,7 @@ enum Failure: Error {
   case diskIsRemote(path: String)
   case diskIsNotQcow2(path: String, operation: String)
   case diskMapNeedsJSON(path: String, offset: UInt64)
+  case diskStandsStill(name: String, reason: String)
   case saved(SavedMachineError)
   case backup(BackupFault)
 
@@ -64,6 +65,15 @@ enum Failure: Error {
       }
   }
 
+  /// The host has no room left for a file.
+  var isNoSpace: Bool {
+    switch self {
+    case .disk(let error): error.isNoSpace
+    case .backup(.file(_, _, let code)): code == ENOSPC || code == EDQUOT
+    default: false
+    }
+  }
+
   var status: ExitStatus {
     switch self {
     case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey: .badInput
@@ -76,7 +86,7 @@ enum Failure: Error {
     case .saved: .badInput
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
-    case .nbd, .output, .host, .control, .diskClosed: .inputOutput
+    case .nbd, .output, .host, .control, .diskClosed, .diskStandsStill: .inputOutput
     case .accelerator(let error): Self.status(error)
     case .machine(let error): Self.status(error)
     }
@@ -160,6 +170,8 @@ enum Failure: Error {
     case .diskIsNotQcow2(let path, let operation): "\(path) is not qcow2, and \(operation) needs that"
     case .diskMapNeedsJSON(let path, let offset):
       "\(path) has compressed clusters (at \(offset)), which have no plain place in the file: use --json"
+    case .diskStandsStill(let name, let reason):
+      "the machine stands still, for its disk \(name) failed: \(reason); put that right, then swiftvmm resume tries again"
     case .saved(let error): "\(error)"
     }
   }

@@ -6,6 +6,7 @@ import LoaderHardening
 import Machine
 import MemoryViews
 import Monitor
+import Synchronization
 
 /// A machine as the control socket sees it.
 final class MachineMonitor: MonitorTarget {
@@ -42,13 +43,20 @@ final class MachineMonitor: MonitorTarget {
       throw .control("\(error)")
     }
     disks?.connect { server.emit($0) }
+    let isTold = Atomic<Bool>(false)
     machine.addListener { event in
       switch event {
       case .stopped: server.emit(.stop)
-      case .resumed: server.emit(.resume)
+      case .resumed:
+        isTold.store(false, ordering: .relaxed)
+        server.emit(.resume)
       case .reset(let byGuest): server.emit(.reset(byGuest ? .guestReset : .systemReset))
       case .powerdown: server.emit(.powerDown)
       case .ioError(let report):
+        // One line until it goes on, however many requests fail.
+        if report.stops, !isTold.exchange(true, ordering: .relaxed) {
+          Failure.diskStandsStill(name: report.disk, reason: report.reason).report()
+        }
         server.emit(
           .blockIOError(
             device: report.disk, isWrite: report.isWrite, stops: report.stops, isNoSpace: report.isNoSpace,

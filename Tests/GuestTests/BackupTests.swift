@@ -8,20 +8,26 @@ import Testing
     "needs the release build, scripts/build-guests and qemu-utils"), .serialized)
 struct BackupTests {
   static let engines: [String] = VMM.hasKVM ? ["soft", "kvm"] : ["soft"]
-  private static let options = "records=200 flush=10 sectors=16"
+  static let options = "records=200 flush=10 sectors=16"
 
   /// Two disks and a guest that writes to them for ever.
-  private final class Writer {
+  final class Writer {
     let folder: TemporaryFolder
     let images: [String]
+    private let place: String
     private(set) var machine: RunningVMM
     private let arguments: [String]
 
-    init(_ engine: String, formats: [String] = ["qcow2", "qcow2"], rate: Int = 0) throws {
+    /// `place`: where the disks are, if not in the folder.
+    init(
+      _ engine: String, formats: [String] = ["qcow2", "qcow2"], rate: Int = 0, in place: String? = nil
+    ) throws {
       let folder = try TemporaryFolder()
       self.folder = folder
+      let place = place ?? folder.path
+      self.place = place
       images = try formats.enumerated().map { index, format in
-        let path = "\(folder.path)/d\(index).\(format)"
+        let path = "\(place)/d\(index).\(format)"
         try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", format, path, "32M").status == 0)
         return path
       }
@@ -55,7 +61,7 @@ struct BackupTests {
 
     /// What a backup has left beside the disks.
     var leftovers: [String] {
-      let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+      let names = (try? FileManager.default.contentsOfDirectory(atPath: place)) ?? []
       return names.filter { $0.contains(".backup-") }
     }
 
@@ -70,7 +76,7 @@ struct BackupTests {
   }
 
   /// The records of a writer that was cut off at any moment, on these disks.
-  private func verify(_ images: [String], flushed text: String? = nil, wasKilled: Bool = false) throws {
+  static func verify(_ images: [String], flushed text: String? = nil, wasKilled: Bool = false) throws {
     for image in images {
       let checked = try hostTool("qemu-img", "check", image)
       let isSound = [0, 63].contains(checked.status) || wasKilled && checked.status == 3
@@ -85,13 +91,13 @@ struct BackupTests {
     let disks = images.flatMap { ["--disk", $0] }
     let verified = try VMM.run(
       ["run", "disk", "--engine", "soft"] + disks + [
-        "--append", "mode=verify disks=\(images.count) \(Self.options) \(expectation)",
+        "--append", "mode=verify disks=\(images.count) \(options) \(expectation)",
       ])
     #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")
   }
 
   /// Restores a backup and returns its disks.
-  private func restore(_ source: String, _ folder: TemporaryFolder, _ name: String, id: String? = nil) throws
+  static func restore(_ source: String, _ folder: TemporaryFolder, _ name: String, id: String? = nil) throws
     -> [String]
   {
     let into = "\(folder.path)/\(name)"
@@ -115,12 +121,12 @@ struct BackupTests {
       #expect(try writer.depths() == [0, 0])
       #expect(writer.leftovers.isEmpty)
       writer.goesOn()
-      try verify(restore(target, writer.folder, "again\(round)"), flushed: before)
+      try Self.verify(Self.restore(target, writer.folder, "again\(round)"), flushed: before)
     }
     let listed = try VMM.run("restore-backup", target, "--into", "x", "--list")
     #expect(listed.output.components(separatedBy: "incremental").count == 5, "\(listed.output)")
     let text = try writer.end()
-    try verify(writer.images, flushed: text)
+    try Self.verify(writer.images, flushed: text)
   }
 
   /// Bitmaps outlive the machine; raw disks have none and are copied whole.
@@ -135,9 +141,9 @@ struct BackupTests {
     let json = try #require(try JSONSerialization.jsonObject(with: Data(made.output.utf8)) as? [String: Any])
     let disks = try #require(json["disks"] as? [[String: Any]])
     #expect(disks.map { $0["incremental"] as? Bool } == [true, false])
-    try verify(restore(target, writer.folder, "again"))
+    try Self.verify(Self.restore(target, writer.folder, "again"))
     let text = try writer.end()
-    try verify(writer.images, flushed: text)
+    try Self.verify(writer.images, flushed: text)
   }
 
   /// One disk into one file, or into another program's export.
@@ -165,7 +171,7 @@ struct BackupTests {
     writer.goesOn()
     #expect(writer.leftovers.isEmpty)
     let text = try writer.end()
-    try verify(writer.images, flushed: text)
+    try Self.verify(writer.images, flushed: text)
   }
 
   /// A second machine gets the disk as it was at the cut, writes to it, and the first one's disk does not change.
@@ -186,7 +192,7 @@ struct BackupTests {
     #expect(writer.leftovers.isEmpty)
     writer.goesOn()
     let text = try writer.end()
-    try verify(writer.images, flushed: text)
+    try Self.verify(writer.images, flushed: text)
   }
 
   /// A target that fails, and a wish to end: the guest goes on, the chains are short again.
@@ -210,33 +216,37 @@ struct BackupTests {
     #expect(try FileManager.default.contentsOfDirectory(atPath: target).isEmpty)
     writer.goesOn()
     let text = try writer.end()
-    try verify(writer.images, flushed: text)
+    try Self.verify(writer.images, flushed: text)
   }
 
-  /// The backup command or the machine is killed at any moment: nothing that was flushed is lost, `--recover` shortens the
+  /// The backup command, the machine or the one that a snapshot is plugged into is killed at any moment: nothing that was flushed is lost, `--recover` shortens the
   /// chains, and the next backup succeeds. `SWIFTVMM_BACKUP_KILLS` says how often.
   @Test(arguments: engines)
   func killedAtAnyMoment(engine: String) throws {
-    let rounds = Int(ProcessInfo.processInfo.environment["SWIFTVMM_BACKUP_KILLS"] ?? "") ?? 4
+    let delays = [30_000, 30_000, 60_000, 60_000, 120_000, 150_000, 200_000, 400_000, 350_000]
+    let rounds = Int(ProcessInfo.processInfo.environment["SWIFTVMM_BACKUP_KILLS"] ?? "") ?? delays.count
     var random = SystemRandomNumberGenerator()
-    let isFixed = rounds == 4
+    let isFixed = rounds == delays.count
     let writer = try Writer(engine)
     let target = writer.folder.path + "/backups/"
     for round in 0..<rounds {
-      let killsMachine = round % 2 == 1
+      let delay = isFixed ? delays[round] : Int.random(in: 0...500_000, using: &random)
+      if round % 3 == 2 {
+        try killTheAppliance(writer, target, engine, after: delay)
+        continue
+      }
       let backup = try BackgroundProcess([
         "backup", writer.socket, "-q", "--target", target, "--incremental", "-r", "4M",
       ])
-      let delay = isFixed ? [30_000, 60_000, 120_000, 400_000][round] : Int.random(in: 0...500_000, using: &random)
       usleep(UInt32(delay))
-      if killsMachine {
+      if round % 3 == 1 {
         writer.machine.kill()
         _ = backup.waitUntilExit()
         let text = writer.machine.text
         let merged = try VMM.run("backup", "--recover", writer.images[0])
         #expect(merged.status == 0, "round \(round), \(delay) us: \(merged.errors)")
         #expect(writer.leftovers.isEmpty, "round \(round), \(delay) us: \(writer.leftovers)")
-        try verify(writer.images, flushed: text, wasKilled: true)
+        try Self.verify(writer.images, flushed: text, wasKilled: true)
         try FileManager.default.removeItem(atPath: target)
         for image in writer.images {
           try FileManager.default.removeItem(atPath: image)
@@ -255,12 +265,32 @@ struct BackupTests {
         let before = writer.machine.text
         let made = try writer.backUp("--target", target, "--incremental")
         #expect(made.status == 0, "round \(round), \(delay) us: \(made.errors)")
-        try verify(restore(target, writer.folder, "again"), flushed: before)
+        try Self.verify(Self.restore(target, writer.folder, "again"), flushed: before)
         try FileManager.default.removeItem(atPath: writer.folder.path + "/again")
       }
     }
     let text = try writer.end()
-    try verify(writer.images, flushed: text, wasKilled: true)
+    try Self.verify(writer.images, flushed: text, wasKilled: true)
+  }
+
+  /// Whoever reads the snapshots ends while they are lent: the backup comes to its end by itself.
+  private func killTheAppliance(_ writer: Writer, _ target: String, _ engine: String, after delay: Int) throws {
+    // It would keep the disks for ever.
+    let appliance = try RunningVMM(["ticks", "--engine", engine, "--time-limit", "300", "--paused"])
+    let backup = try BackgroundProcess(["backup", writer.socket, "-q", "--to-vm", appliance.socket])
+    usleep(UInt32(delay))
+    appliance.kill()
+    let status = backup.waitUntilExit()
+    // It may have been too early even for the disks' coming.
+    #expect([0, 69, 74].contains(status), "\(delay) us: \(status) \(backup.text)")
+    #expect(try writer.depths() == [0, 0], "\(delay) us: \(backup.text)")
+    #expect(writer.leftovers.isEmpty, "\(delay) us: \(writer.leftovers)")
+    writer.goesOn()
+    let before = writer.machine.text
+    let made = try writer.backUp("--target", target, "--incremental")
+    #expect(made.status == 0, "\(delay) us: \(made.errors)")
+    try Self.verify(Self.restore(target, writer.folder, "again"), flushed: before)
+    try FileManager.default.removeItem(atPath: writer.folder.path + "/again")
   }
 
   /// While the newest writes are beside a disk, nobody runs it without them.
@@ -280,7 +310,7 @@ struct BackupTests {
     #expect(try VMM.run("backup", "--recover", writer.images[1]).status == 0)
     #expect(try VMM.run("backup", "--recover", writer.images[0]).status == 0)
     #expect(writer.leftovers.isEmpty)
-    try verify(writer.images, flushed: writer.machine.text, wasKilled: true)
+    try Self.verify(writer.images, flushed: writer.machine.text, wasKilled: true)
   }
 }
 

@@ -20,7 +20,7 @@ enum BackupFault: Error {
   case noBackup(id: String, path: String)
   case cancelled
   case job(device: String, reason: String)
-  case undone(why: String)
+  case undone(why: String, isNoSpace: Bool)
   case notUndone(why: String, then: String, image: String)
   case foreignOverlay(path: String, image: String)
 
@@ -61,7 +61,8 @@ enum BackupFault: Error {
     case .noBackup(let id, let path): id.isEmpty ? "\(path) has no backup" : "\(path) has no backup \(id)"
     case .cancelled: "the backup was cancelled; the machine's disks are as they were"
     case .job(let device, let reason): "the layers of the disk \(device) could not be merged: \(reason)"
-    case .undone(let why): "\(why); the backup was given up, and the machine's disks are as they were"
+    case .undone(let why, let isNoSpace):
+      "\(why); the backup was given up, and the machine's disks are as they were\(isNoSpace ? "; make room there, or name another target" : "")"
     case .notUndone(let why, let then, let image):
       "\(why); then \(then); the guest's disks are sound, and swiftvmm backup --recover with the socket, or when the machine has ended with \(image), shortens their chains"
     case .foreignOverlay(let path, let image):

@@ -248,7 +248,7 @@ final class BackupSession {
         .notUndone(why: failure.text, then: error.text, image: journal.disks.first?.image ?? ""))
     }
     if case .backup(.cancelled) = failure { return failure }
-    return .backup(.undone(why: failure.text))
+    return .backup(.undone(why: failure.text, isNoSpace: failure.isNoSpace))
   }
 }
 
