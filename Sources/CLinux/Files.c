@@ -34,3 +34,5 @@ const int clinux_direct_flag = O_DIRECT;
 int clinux_allocate(int file, int64_t offset, int64_t length) {
   return fallocate(file, 0, offset, length);
 }
+
+int clinux_begin_writing(int file) { return sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE); }

@@ -19,7 +19,7 @@ struct SwiftVMM: ParsableCommand {
 
   static func main() {
     do {
-      var command = try parseAsRoot()
+      var command = try parseLeaf(Array(CommandLine.arguments.dropFirst())) ?? parseAsRoot()
       try command.run()
     } catch let failure as Failure {
       failure.report()
@@ -30,6 +30,24 @@ struct SwiftVMM: ParsableCommand {
     } catch {
       exit(withError: error)
     }
+  }
+}
+
+extension SwiftVMM {
+  /// The subcommand that the arguments begin with, read by itself: it starts sooner than from the tree of all, which has the
+  /// better messages. nil where the tree has to look.
+  private static func parseLeaf(_ arguments: [String]) -> (any ParsableCommand)? {
+    var rest = arguments[...]
+    var type: any ParsableCommand.Type = SwiftVMM.self
+    while let name = rest.first,
+      let next = type.configuration.subcommands.first(where: { $0.configuration.commandName == name })
+    {
+      type = next
+      rest = rest.dropFirst()
+    }
+    guard type.configuration.subcommands.isEmpty, let command = try? type.parseAsRoot(Array(rest)) else { return nil }
+    // Else it is the help.
+    return Swift.type(of: command) == type ? command : nil
   }
 }
 

@@ -81,6 +81,32 @@ struct JobTests {
     try source.close()
   }
 
+  /// What is set aside before it is written is what is written.
+  @Test(arguments: [ImageFormat.raw, .qcow2])
+  func bulkCopiesKeepTheirHoles(format: ImageFormat) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    try create(scratch("disk"), Qcow2CreateOptions(size: 64 << 20), queue)
+    let source = try BlockChain(path: scratch("disk"), access: FileAccess(writable: true), queue: queue)
+    for offset in [UInt64(0), 10 << 20, 63 << 20] { try source.top.fill(0x5a, at: offset, 1 << 20, on: queue) }
+    try source.top.fill(0, at: 30 << 20, 2 << 20, on: queue)
+    try HostFile.create(scratch("copy"), length: format == .raw ? source.top.size : 0)
+    if format == .qcow2 { try create(scratch("copy"), Qcow2CreateOptions(size: source.top.size), queue) }
+    var access = FileAccess(writable: true, ignoresFlushes: true)
+    access.isBulk = true
+    let target = try BlockChain(path: scratch("copy"), format: format, access: access, queue: queue)
+    var copy = CopyJob.Options()
+    copy.targetReadsZero = true
+    try CopyJob(from: source.top, to: target.top, copy).run(on: queue)
+    let allocated = try #require(target.layers[0].file.allocatedBytes)
+    try target.close()
+    try source.close()
+    #expect(allocated >= 3 << 20)
+    #expect(allocated < 4 << 20)
+    let compare = try host("qemu-img", "compare", scratch("disk"), scratch("copy"))
+    #expect(compare.status == 0, "\(compare.output)")
+  }
+
   @Test(arguments: [1, 2, 4])
   func commitsReachTheirBase(layersAbove: Int) throws {
     let scratch = Scratch()

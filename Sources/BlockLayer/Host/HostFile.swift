@@ -12,6 +12,10 @@ public struct FileAccess: Sendable {
   public var ignoresFlushes = false
   /// Neither takes locks nor minds those of others.
   public var sharesAll = false
+  /// Much is written through the page cache, in large pieces. Where flushes are not carried out, storage is set aside before
+  /// each piece, which costs less than block by block; else the host begins to write on the way, so that the flush at the end
+  /// has little left.
+  public var isBulk = false
 
   /// For reading, through the page cache.
   public init(writable: Bool = false, direct: Bool = false, ignoresFlushes: Bool = false, sharesAll: Bool = false) {
@@ -38,6 +42,10 @@ public final class HostFile: BlockFile {
   /// Transfers of O_DIRECT are multiples of this; 1 otherwise.
   private let alignment: UInt64
   private var isClosed = false
+  /// Bytes of large writes since the host was last told to write.
+  private var heldBack: UInt64 = 0
+  private static let largeWrite: UInt64 = 64 << 10
+  private static let mostHeldBack: UInt64 = 4 << 20
 
   /// Opens an existing file and locks it.
   public init(path: String, access: FileAccess, queue: any IOQueue) throws(BlockError) {
@@ -110,7 +118,10 @@ public final class HostFile: BlockFile {
     case .read, .write:
       if isReadOnly, request.operation == .write { return request.completion(.readOnly(path: path)) }
       if alignment > 1, !request.isAligned(to: 512) { return submitBounced(request) }
-      if request.operation == .write { length = max(length, request.offset + request.length) }
+      if request.operation == .write {
+        if access.isBulk, request.length >= Self.largeWrite { beginBulk(request.offset, request.length) }
+        length = max(length, request.offset + request.length)
+      }
       queue.start(request, descriptor: file.rawValue, path: path)
     case .flush:
       if access.ignoresFlushes || isReadOnly { return request.completion(nil) }
@@ -128,6 +139,19 @@ public final class HostFile: BlockFile {
         request.completion(error)
       }
     }
+  }
+
+  /// Before a large write, which itself says what the host cannot do.
+  private func beginBulk(_ offset: UInt64, _ length: UInt64) {
+    if access.ignoresFlushes {
+      guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return }
+      access.isBulk = clinux_allocate(file.rawValue, start, count) == 0
+      return
+    }
+    heldBack += length
+    guard heldBack >= Self.mostHeldBack else { return }
+    heldBack = 0
+    access.isBulk = clinux_begin_writing(file.rawValue) == 0
   }
 
   /// What O_DIRECT does not take as it is goes through a copy, and waits.

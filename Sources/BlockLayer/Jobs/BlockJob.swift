@@ -6,8 +6,10 @@ import Glibc
 /// A subclass says in `begin` what is to be done at one place of the disk; this class goes over the disk, keeps enough
 /// requests in flight and no more than the speed allows, and collects errors.
 public class BlockJob {
-  /// Bytes that one stretch of data has at most: the largest cluster fits.
-  static let chunk = 2 << 20
+  /// Bytes that one stretch of data has at most, where no cluster is larger: what is in flight stays in the processor's caches.
+  static let stretch = 1 << 20
+  /// The largest cluster.
+  static let largestStretch = 2 << 20
 
   /// Bytes to be gone over.
   public let total: UInt64
@@ -18,7 +20,7 @@ public class BlockJob {
   /// Bytes that were copied or zeroed, or are under way.
   public private(set) var moved: UInt64 = 0
   /// Stretches in flight.
-  public var parallel = 8
+  public var parallel = 4
   /// The first error, with which the job ended.
   public private(set) var error: BlockError?
   /// No more requests are begun.
@@ -34,8 +36,13 @@ public class BlockJob {
   private var hasEnded = false
   private var buffers: [DiskBuffer] = []
   private var startedAt: UInt64 = 0
+  /// Bytes that one stretch of data has at most.
+  let stretch: Int
 
-  init(total: UInt64) { self.total = total }
+  init(total: UInt64, stretch: Int = stretch) {
+    self.total = total
+    self.stretch = stretch
+  }
 
   /// Begins what is to be done at `position` by way of `started`, and says how many bytes that covers; they count as
   /// done once every request of it has ended.
@@ -115,7 +122,7 @@ public class BlockJob {
     if self.error == nil { self.error = error }
   }
 
-  func takeBuffer() -> DiskBuffer { buffers.popLast() ?? DiskBuffer(count: Self.chunk) }
+  func takeBuffer() -> DiskBuffer { buffers.popLast() ?? DiskBuffer(count: stretch) }
   func giveBack(_ buffer: DiskBuffer) { buffers.append(buffer) }
 
   /// Runs the job to its end, with a call to `progress` now and then.

@@ -15,10 +15,10 @@ public class CompareJob: BlockJob {
   }
 
   /// nil is a disk of zeros.
-  fileprivate init(left: (any BlockNode)?, right: (any BlockNode)?, total: UInt64) {
+  fileprivate init(left: (any BlockNode)?, right: (any BlockNode)?, total: UInt64, stretch: Int = stretch) {
     self.left = left
     self.right = right
-    super.init(total: total)
+    super.init(total: total, stretch: stretch)
   }
 
   // Requests are begun in order: once one differs, those behind it cannot tell of an earlier place.
@@ -32,7 +32,7 @@ public class CompareJob: BlockJob {
   fileprivate func compare(at position: UInt64, length: UInt64) throws(BlockError) -> UInt64 {
     var (isSame, covered) = try foreknown(at: position, length: length)
     if isSame { return covered }
-    let most = min(length, UInt64(Self.chunk))
+    let most = min(length, UInt64(stretch))
     while covered < most {
       let next = try foreknown(at: position + covered, length: most - covered)
       if next.isSame { break }
@@ -138,7 +138,8 @@ public final class RebaseJob: CompareJob {
   /// `overlay` has the old backing file as its backing node; nil for `new` is no backing file any more.
   public init(_ overlay: Qcow2Image, to new: (any BlockNode)?) {
     self.overlay = overlay
-    super.init(left: overlay.backing, right: new, total: overlay.size)
+    let stretch = max(Int(overlay.clusterSize), Self.stretch)
+    super.init(left: overlay.backing, right: new, total: overlay.size, stretch: stretch)
   }
 
   override var isSettled: Bool { false }
@@ -152,7 +153,7 @@ public final class RebaseJob: CompareJob {
     _ one: DiskBuffer, _ other: DiskBuffer, at position: UInt64, _ length: UInt64,
     then: @escaping (BlockError?) -> Void
   ) {
-    let cluster = Int(min(overlay.clusterSize, UInt64(Self.chunk)))
+    let cluster = Int(overlay.clusterSize)
     let parts = StretchWrite(then: then)
     // Neighbours that hold data are written together.
     var run = (start: 0, length: 0)

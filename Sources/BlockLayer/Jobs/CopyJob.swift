@@ -31,8 +31,8 @@ public final class CopyJob: BlockJob {
     self.target = target
     self.options = options
     let unit = (target as? Qcow2Image)?.clusterSize ?? 512
-    granularity = Int(min(max(options.sparse, unit), UInt64(Self.chunk)))
-    super.init(total: source.size)
+    granularity = Int(min(max(options.sparse, unit), UInt64(Self.largestStretch)))
+    super.init(total: source.size, stretch: max(granularity, Self.stretch))
   }
 
   override func begin(at position: UInt64) throws(BlockError) -> UInt64 {
@@ -86,8 +86,8 @@ public final class CopyJob: BlockJob {
   /// Data, with what lies between it where clusters are compressed whole.
   private func copyStretch(at position: UInt64) throws(BlockError) -> UInt64 {
     // Ends where the target's clusters do, so that none is written in two parts.
-    let limit = min(total, (position + UInt64(Self.chunk)).roundedDown(to: UInt64(min(granularity, Self.chunk))))
-    let most = (limit > position ? limit : min(total, position + UInt64(Self.chunk))) - position
+    let limit = min(total, (position + UInt64(stretch)).roundedDown(to: UInt64(granularity)))
+    let most = (limit > position ? limit : min(total, position + UInt64(stretch))) - position
     let buffer = takeBuffer()
     let bytes = buffer.start
     var pieces: [(layer: any BlockNode, offset: UInt64, length: UInt64)] = []

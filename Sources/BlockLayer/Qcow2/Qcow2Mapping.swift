@@ -1,3 +1,5 @@
+import Glibc
+
 /// What the L2 tables say about a stretch of the disk.
 enum Qcow2Mapping: Equatable {
   case unallocated
@@ -31,6 +33,7 @@ extension Qcow2Image {
   func l2Load(_ offset: UInt64) throws(BlockError) -> Int {
     if let place = l2Cache.find(offset) { return place }
     let place = try l2Room(offset)
+    if l2LoadAround(offset, place) { return place }
     do {
       try file.read(at: offset, into: UnsafeMutableRawBufferPointer(start: l2Cache.bytes(place), count: l2Cache.unit))
     } catch {
@@ -38,6 +41,21 @@ extension Qcow2Image {
       throw error
     }
     return place
+  }
+
+  /// Reads a piece with those beside it in its table, as one transfer costs little more than another. false where that cannot be.
+  private func l2LoadAround(_ offset: UInt64, _ place: Int) -> Bool {
+    let window = min(clusterSize, 64 << 10)
+    let unit = UInt64(l2Cache.unit)
+    guard window > unit, l2Cache.hasRoom(for: Int(window / unit)) else { return false }
+    let start = offset.roundedDown(to: window)
+    let buffer = DiskBuffer(count: Int(window))
+    do throws(BlockError) { try file.read(at: start, into: buffer.bytes) } catch { return false }
+    for piece in stride(from: start, to: start + window, by: Int(unit)) {
+      guard piece == offset || l2Cache.find(piece) == nil, let target = l2Cache.insert(piece) else { continue }
+      memcpy(l2Cache.bytes(target), buffer.start + Int(piece - start), l2Cache.unit)
+    }
+    return true
   }
 
   private func l2Room(_ offset: UInt64) throws(BlockError) -> Int {
@@ -111,6 +129,20 @@ extension Qcow2Image {
     if case .compressed = mapping { return (mapping, min(length, first)) }
     var covered = first
     var next = index + Int(header.l2EntrySize)
+    if !hasExtendedL2 {
+      // Entries in a row differ by a cluster, or not at all.
+      let bytes = UnsafeRawPointer(l2Cache.bytes(place))
+      let step = bytes.bigEndian64(index) & Qcow2Entry.offsetMask == 0 ? 0 : clusterSize
+      var expected = bytes.bigEndian64(index) &+ step
+      while next < l2Cache.unit, covered < length, bytes.bigEndian64(next) == expected,
+        expected & Qcow2Entry.l2Reserved == 0
+      {
+        covered += clusterSize
+        next += 8
+        expected &+= step
+      }
+      return (mapping, min(length, covered))
+    }
     while next < l2Cache.unit, covered < length, (within + covered) & (clusterSize - 1) == 0 {
       let (more, count) = try state(l2Entry(place, next), 0)
       guard more == mapping.advanced(by: covered) else { break }

@@ -40,6 +40,9 @@ final class TableCache {
     return place
   }
 
+  /// Whether so many pieces more need no other to go.
+  func hasRoom(for count: Int) -> Bool { slots.count + count <= capacity }
+
   func bytes(_ place: Int) -> UnsafeMutableRawPointer { slots[place].buffer.start }
 
   /// Room for the piece at `offset`, whose bytes are not set; nil where every piece is needed until it is written.

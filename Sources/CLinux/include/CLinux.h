@@ -194,6 +194,8 @@ int clinux_byte_is_locked(int file, int64_t offset);
 int clinux_punch_hole(int file, int64_t offset, int64_t length);
 /// fallocate(2): storage for a range, which reads as zeros where there was none; the file becomes longer. -1 with errno.
 int clinux_allocate(int file, int64_t offset, int64_t length);
+/// Begins to write what the page cache holds of the file, without waiting for it (sync_file_range(2)). -1 with errno.
+int clinux_begin_writing(int file);
 
 /// fallocate(2), which may make the file longer.
 int clinux_zero_range(int file, int64_t offset, int64_t length);

@@ -47,9 +47,11 @@ struct DiskImage: ParsableArguments {
     writable: Bool = false, backing: Bool = true, writableDepth: Int? = nil,
     options: Qcow2Image.Options = Qcow2Image.Options(), queue: any IOQueue
   ) throws(BlockError) -> BlockChain {
-    try BlockChain(
-      path: file, format: format, access: FileAccess(writable: writable, sharesAll: forceShare && !writable),
-      backing: backing, writableDepth: writableDepth, options: options, queue: queue)
+    var access = FileAccess(writable: writable, sharesAll: forceShare && !writable)
+    access.isBulk = writable
+    return try BlockChain(
+      path: file, format: format, access: access, backing: backing, writableDepth: writableDepth, options: options,
+      queue: queue)
   }
 
   func qcow2(_ chain: BlockChain, for operation: String) throws(Failure) -> Qcow2Image {
@@ -70,7 +72,7 @@ struct DiskProgress: ParsableArguments {
   var rate: String?
 
   @Option(name: .customShort("m"), help: "Stretches in flight.")
-  var parallel = 8
+  var parallel = 4
 
   func validate() throws {
     if !(1...64).contains(parallel) { throw ValidationError("-m \(parallel): expected 1 to 64") }

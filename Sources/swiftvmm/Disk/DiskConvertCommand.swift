@@ -63,7 +63,8 @@ struct DiskConvertCommand: ParsableCommand {
       if let snapshot { try image.qcow2(source, for: "a snapshot").readSnapshot(snapshot) }
       if !noCreate { try format.make(target, format: targetFormat, size: source.top.size, queue: queue) }
       // A copy that is cut off is made again: it needs no flushes on the way.
-      let access = FileAccess(writable: true, ignoresFlushes: true)
+      var access = FileAccess(writable: true, ignoresFlushes: true)
+      access.isBulk = true
       let result = try BlockChain(path: target, format: targetFormat, access: access, queue: queue)
       try withChain(result) {
         guard result.top.size >= source.top.size else {

@@ -1,6 +1,5 @@
 import ArgumentParser
 import BlockLayer
-import JSON
 
 /// `swiftvmm disk map`: which file of a chain holds what.
 struct DiskMapCommand: ParsableCommand {
@@ -21,21 +20,21 @@ struct DiskMapCommand: ParsableCommand {
   }
 
   private func printJSON(_ chain: BlockChain) throws {
-    var separator = "["
+    // Numbers and booleans only, a great many of them: written as they come.
+    var text = "["
     try chain.top.forEachExtent { found in
       let extent = found.extent
-      var object = JSONObject()
-      object["start"] = JSONValue(extent.offset)
-      object["length"] = JSONValue(extent.length)
-      object["depth"] = JSONValue(found.depth)
-      object["present"] = .bool(extent.isAllocated)
-      object["zero"] = .bool(extent.isZero)
-      object["data"] = .bool(extent.isData)
-      if let offset = extent.hostOffset { object["offset"] = JSONValue(offset) }
-      print(separator + JSONValue.object(object).serialized(), terminator: "")
-      separator = ",\n"
+      if extent.offset > 0 { text += ",\n" }
+      text += "{\"start\": \(extent.offset), \"length\": \(extent.length), \"depth\": \(found.depth), "
+      text += "\"present\": \(extent.isAllocated), \"zero\": \(extent.isZero), \"data\": \(extent.isData)"
+      if let offset = extent.hostOffset { text += ", \"offset\": \(offset)" }
+      text += "}"
+      if text.utf8.count > 1 << 16 {
+        print(text, terminator: "")
+        text = ""
+      }
     }
-    print((separator == "[" ? "[" : "") + "]")
+    print(text + "]")
   }
 
   private func printTable(_ chain: BlockChain) throws {
