@@ -21,6 +21,12 @@ enum Paging {
     setEntry(virtual, physical & addressMask | flags.rawValue | present)
   }
 
+  /// Maps 2 MiB by one entry.
+  static func mapLarge(_ virtual: UInt64, to physical: UInt64, _ flags: Flags) {
+    store64(entryAddress(virtual, shift: 21), physical & addressMask | flags.rawValue | large | present)
+    invlpg(virtual)
+  }
+
   static func unmap(_ virtual: UInt64) { setEntry(virtual, 0) }
 
   /// Writes the page-table entry of a 4 KiB page as it is.
@@ -29,11 +35,11 @@ enum Paging {
     invlpg(virtual)
   }
 
-  /// Where the page-table entry of a 4 KiB page is; tables are made as needed.
-  static func entryAddress(_ virtual: UInt64) -> UInt64 {
+  /// Where the page-table entry of a page is, of 4 KiB or of 1 << `lowest` bytes; tables are made as needed.
+  static func entryAddress(_ virtual: UInt64, shift lowest: UInt64 = 12) -> UInt64 {
     var table = page_tables_address()
     var shift: UInt64 = 39
-    while shift > 12 {
+    while shift > lowest {
       let slot = table + (virtual >> shift & 511) * 8
       let entry = load64(slot)
       if entry & present == 0 {
@@ -45,7 +51,7 @@ enum Paging {
       }
       shift -= 9
     }
-    return table + (virtual >> 12 & 511) * 8
+    return table + (virtual >> lowest & 511) * 8
   }
 
   private static func newTable(at slot: UInt64) -> UInt64 {

@@ -63,6 +63,11 @@ GUEST_INLINE void fill64(uint64_t a, uint64_t v, uint64_t count) { __asm__ volat
 // True when every one of count 64-bit words is v; count is not zero.
 GUEST_INLINE uint8_t all_words64(uint64_t a, uint64_t v, uint64_t count) { uint8_t equal; __asm__ volatile("repe scasq; sete %2" : "+D"(a), "+c"(count), "=q"(equal) : "a"(v) : "cc", "memory"); return equal; }
 
+// True when count 64-bit words are the same at both places; count is not zero.
+GUEST_INLINE uint8_t equal_words64(uint64_t a, uint64_t b, uint64_t count) { uint8_t equal; __asm__ volatile("repe cmpsq; sete %2" : "+S"(a), "+D"(b), "=q"(equal), "+c"(count) :: "cc", "memory"); return equal; }
+
+GUEST_INLINE void copy_words64(uint64_t to, uint64_t from, uint64_t count) { __asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(count)::"memory"); }
+
 GUEST_INLINE void copy_bytes(void *to, const void *from, size_t count) { __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count)::"memory"); }
 
 // What the interrupt stubs of entry.S push.
