@@ -9,6 +9,8 @@ final class Volume {
 
   let function: PCI.Function
   let device: VirtioBlock
+  /// The serial number of a disk that was attached.
+  var name = Bytes(address: 0, count: 0)
   private let buffers: UInt64
 
   init(_ function: PCI.Function) {

@@ -175,6 +175,7 @@ private final class Recovery {
     wait("an interrupt of the agent's port") { Agent.interrupts > interrupts }
     wait("an interrupt of the hot-plug") { PCIHotplug.interrupts > plugs }
     expect("the serial number", volume.serial().equals(name))
+    volume.name = name
     expect("that the disk takes writes", volume.device.isReadOnly != isWritable)
     if volume.device.isReadOnly { expect("that a write fails", volume.write(0, generation: 9) != 0) }
     say("attached \(name)")
@@ -194,10 +195,9 @@ private final class Recovery {
   /// The guest lets go of a disk of its own accord.
   private func detach(_ volume: Volume, isRude: Bool = false) {
     let events = detachedEvents
-    let serial = copy(volume.serial())
     let id = agent.request("snapshot-detach")
     agent.add(#", "serial": ""#)
-    agent.add(serial)
+    agent.add(volume.name)
     agent.add("\"}")
     agent.end()
     let answer = reply(id)
@@ -205,7 +205,7 @@ private final class Recovery {
     hearUntil { volume.isLeaving }
     volume.eject(isRude: isRude)
     hearUntil { detachedEvents > events }
-    say("detached \(serial)")
+    say("detached \(volume.name)")
   }
 
   // MARK: Other modes

@@ -50,7 +50,7 @@ public final class BlockGraph {
   public var onCut: ([LiveDisk]) -> Void = { _ in }
   /// Told of a commit that is about to begin: the disk, the layer that is merged and the lowest one that it goes into.
   public var onCommit: (LiveDisk, LiveNode, LiveNode) -> Void = { _, _, _ in }
-  /// Told of a disk whose top layer is about to go, while it is held.
+  /// Told of a disk whose top layer is about to go; the guest goes on.
   public var onPivot: (LiveDisk) -> Void = { _ in }
   private let loop: EventLoop?
   private var nextNumber = 0
@@ -263,9 +263,10 @@ public final class BlockGraph {
     OverlayHeader(size: disk.size, backing: (disk.top.path, disk.top.format))
   }
 
-  /// Makes an overlay's file and makes it durable: on any thread, so that the disks' own goes on meanwhile.
+  /// Makes an overlay's file and makes it durable: on any thread, so that the disks' own goes on meanwhile. One that `isTemporary` is
+  /// of no use after a crash, and nothing waits for the host's disk.
   public static func makeOverlayFile(
-    _ path: String, _ header: OverlayHeader, queue: any IOQueue
+    _ path: String, _ header: OverlayHeader, isTemporary: Bool = false, queue: any IOQueue
   ) throws(BlockError) {
     var options = Qcow2CreateOptions(size: header.size)
     // A guest's small writes do not copy whole clusters from below.
@@ -273,7 +274,8 @@ public final class BlockGraph {
     options.backingName = reference(to: header.backing.path, from: path)
     options.backingFormat = header.backing.format.rawValue
     try HostFile.create(path)
-    let file = try HostFile(path: path, access: FileAccess(writable: true), queue: queue)
+    let access = FileAccess(writable: true, ignoresFlushes: isTemporary)
+    let file = try HostFile(path: path, access: access, queue: queue)
     defer { file.close() }
     try Qcow2Image.create(options, in: file)
   }

@@ -65,6 +65,7 @@ public class LiveJob {
   private var pauses = 0
   private var isCancelled = false
   private var isCompleting = false
+  private var isPreparing = false
   private var isSettling = false
   private var buffers: [DiskBuffer] = []
   private var slotStart: UInt64 = 0
@@ -91,6 +92,8 @@ public class LiveJob {
   var movesByItself: Bool { true }
   /// Whether the job waits for `complete` when nothing is left to move.
   var waitsForComplete: Bool { false }
+  /// Little is left: does what would take long at the end, while the guest goes on.
+  func prepareEnd(then: @escaping (BlockError?) -> Void) { then(nil) }
   /// Everything has been moved: changes the layers, and calls `then`.
   func conclude(then: @escaping (BlockError?) -> Void) { then(nil) }
   /// The job is over, however it ended: guards and claims end. The disk is held.
@@ -179,10 +182,7 @@ public class LiveJob {
         fail(error)
       }
     }
-    if waitsForComplete, !isCompleting, status == .running, !isOver, pauses == 0, isSmall {
-      set(.ready)
-      graph.onJob(self, .ready)
-    }
+    if waitsForComplete, !isCompleting, status == .running, !isOver, pauses == 0, isSmall { prepare() }
     guard inFlight == 0, !isSettling, status != .created else { return }
     if error != nil || isCancelled {
       isSettling = true
@@ -194,6 +194,22 @@ public class LiveJob {
     set(.waiting)
     set(.pending)
     if !staysPending { carryOut() }
+  }
+
+  private func prepare() {
+    guard !isPreparing else { return }
+    isPreparing = true
+    inFlight += 1
+    prepareEnd { [self] error in
+      isPreparing = false
+      inFlight -= 1
+      if let error { fail(error) }
+      if status == .running, !isOver, pauses == 0 {
+        set(.ready)
+        graph.onJob(self, .ready)
+      }
+      pump()
+    }
   }
 
   /// The rest may be moved while the disk is held: a guest that writes on cannot put the end off for ever.

@@ -149,7 +149,13 @@ final class CommitJob: LiveJob, WriteGuard {
 
   override var waitsForComplete: Bool { isActive }
 
+  /// What the bulk of the merge has written must not be waited for while the disk is held.
+  override func prepareEnd(then: @escaping (BlockError?) -> Void) {
+    base.node.submit(BlockRequest(.flush, completion: then))
+  }
+
   override func conclude(then: @escaping (BlockError?) -> Void) {
+    if isActive { graph.onPivot(disk) }
     disk.hold { [self] in
       // A write may have come between the last stretch and the hold.
       moveRest { [self] error in
@@ -172,7 +178,20 @@ final class CommitJob: LiveJob, WriteGuard {
     }
   }
 
+  /// A few blocks at a time.
   private func moveRest(then: @escaping (BlockError?) -> Void) {
+    var lanes = 4
+    var first: BlockError?
+    for _ in 0..<lanes {
+      moveLane { error in
+        first = first ?? error
+        lanes -= 1
+        if lanes == 0 { then(first) }
+      }
+    }
+  }
+
+  private func moveLane(then: @escaping (BlockError?) -> Void) {
     guard let block = todo.next(from: 0) else { return then(nil) }
     let range = todo.range(block).clamped(to: 0..<top.node.size)
     todo[block] = false
@@ -180,13 +199,12 @@ final class CommitJob: LiveJob, WriteGuard {
     StretchCopy(source: top.node, target: base.node, buffer: buffer).copy(range, where: isWanted) { [self] error in
       // The writes have read from it until now.
       withExtendedLifetime(buffer) {}
-      if let error { then(error) } else { moveRest(then: then) }
+      if let error { then(error) } else { moveLane(then: then) }
     }
   }
 
   private func dropLayers() throws(BlockError) {
     if isActive {
-      graph.onPivot(disk)
       if result.removesTop { try CommitResult.removeFile(top.path) }
       disk.replaceTop(base)
       disk.forget(top)

@@ -121,7 +121,7 @@ enum BackupCommands {
       return graph.overlayHeader(above: layer)
     }
     do throws(BlockError) {
-      try BlockGraph.makeOverlayFile(file, header, queue: control.disks.thread.queue)
+      try BlockGraph.makeOverlayFile(file, header, isTemporary: true, queue: control.disks.thread.queue)
     } catch {
       throw .refused("\(error)")
     }

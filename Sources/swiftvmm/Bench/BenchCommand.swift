@@ -8,7 +8,9 @@ struct BenchCommand: ParsableCommand {
     discussion: "Example: swiftvmm bench start exits --json")
 
   @Argument(
-    help: "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot; all of them without a name.")
+    help:
+      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover; all of them without a name."
+  )
   var names: [Benchmark] = []
 
   @Flag(help: "Print one JSON document instead of tables.")
@@ -36,7 +38,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk, nbd, views, snapshot
+  case disk, nbd, views, snapshot, backup, recover
   case diskRequests = "disk-requests"
 
   var title: String {
@@ -49,6 +51,8 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .nbd: "nbd: a whole disk read by nbdcopy over a unix socket"
     case .diskRequests: "disk-requests: thousand requests of 4 KiB a second all over 1 GiB, without the host's cache"
     case .snapshot: "snapshot: live snapshots of a 4 GiB qcow2 disk"
+    case .backup: "backup: disks of a running machine, and what its guest notices"
+    case .recover: "recover: a guest gets a snapshot of its own disk"
     case .views: "views: changes of view and of rights"
     }
   }
@@ -63,6 +67,8 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .nbd: try NBDBenchmark(runs: runs).measure()
     case .diskRequests: try DiskRequestsBenchmark(runs: runs).measure()
     case .snapshot: try SnapshotBenchmark(runs: runs).measure()
+    case .backup: try BackupBenchmark(runs: runs).measure()
+    case .recover: try RecoverBenchmark(runs: runs).measure()
     case .views: try ViewsBenchmark(runs: runs).measure()
     }
   }

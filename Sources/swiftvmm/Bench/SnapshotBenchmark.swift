@@ -11,8 +11,10 @@ struct SnapshotBenchmark {
   private static let size: UInt64 = 4 << 30
   private static let hasKVM = access("/dev/kvm", R_OK | W_OK) == 0
 
-  private struct VMM {
+  /// A peer, or us.
+  struct VMM {
     let name: String
+    var isOurs = false
     let command: (_ isOnKVM: Bool, _ image: String, _ socket: String, _ append: String) -> [String]
   }
 
@@ -22,25 +24,8 @@ struct SnapshotBenchmark {
     table.notes = [
       "images without the host's cache; the idle VM on \(Self.hasKVM ? "KVM" : "the software engines"), the writer on these"
     ]
-    let vmms = [
-      VMM(name: "swiftvmm") { isOnKVM, image, socket, append in
-        [
-          "/proc/self/exe", "run", guest, "--engine", isOnKVM ? "kvm" : "soft", "--memory", "256M", "--disk",
-          "\(image),id=d0,cache=none", "--control", "unix:\(socket)", "--append", append,
-        ]
-      },
-      VMM(name: "QEMU") { isOnKVM, image, socket, append in
-        [
-          "qemu-system-x86_64", "-M", "q35", "-accel", isOnKVM ? "kvm" : "tcg", "-m", "256", "-nodefaults", "-display",
-          "none", "-no-reboot", "-serial", "stdio", "-kernel", guest, "-append", append, "-qmp",
-          "unix:\(socket),server=on,wait=off", "-blockdev",
-          "driver=qcow2,node-name=d0,file.driver=file,file.filename=\(image),file.cache.direct=on", "-device",
-          "virtio-blk-pci,drive=d0,disable-legacy=on",
-        ]
-      },
-    ]
     var figures: [[[Double]]] = []
-    for vmm in vmms {
+    for vmm in Self.vmms(guest) {
       do {
         figures.append(try idle(vmm) + writing(vmm))
       } catch {
@@ -58,13 +43,34 @@ struct SnapshotBenchmark {
     return table
   }
 
+  /// Both, with the sample guest `disk` at this path.
+  static func vmms(_ guest: String) -> [VMM] {
+    [
+      VMM(name: "swiftvmm", isOurs: true) { isOnKVM, image, socket, append in
+        [
+          "/proc/self/exe", "run", guest, "--engine", isOnKVM ? "kvm" : "soft", "--memory", "256M", "--disk",
+          "\(image),id=d0,cache=none", "--control", "unix:\(socket)", "--append", append,
+        ]
+      },
+      VMM(name: "QEMU") { isOnKVM, image, socket, append in
+        [
+          "qemu-system-x86_64", "-M", "q35", "-accel", isOnKVM ? "kvm" : "tcg", "-m", "256", "-nodefaults", "-display",
+          "none", "-no-reboot", "-serial", "stdio", "-kernel", guest, "-append", append, "-qmp",
+          "unix:\(socket),server=on,wait=off", "-blockdev",
+          "driver=qcow2,node-name=d0,file.driver=file,file.filename=\(image),file.cache.direct=on", "-device",
+          "virtio-blk-pci,drive=d0,disable-legacy=on",
+        ]
+      },
+    ]
+  }
+
   /// A machine with one disk, and a conversation with it; both end with `body`.
-  private func withMachine<Result>(
+  func withMachine<Result>(
     _ vmm: VMM, isOnKVM: Bool, _ append: String, _ body: (inout QMPClient, _ folder: String) throws -> Result
   ) throws -> Result {
     let folder = try TemporaryDirectory()
     let (image, socket) = (folder.path + "/base", folder.path + "/socket")
-    try makeImage(image)
+    try Self.makeImage(image)
     let server = try ServerProcess(
       vmm.command(isOnKVM, image, socket, append), socket: socket, output: folder.path + "/output")
     defer { server.end() }
@@ -74,7 +80,7 @@ struct SnapshotBenchmark {
     return try body(&client, folder.path)
   }
 
-  private func makeImage(_ path: String) throws(BlockError) {
+  static func makeImage(_ path: String) throws(BlockError) {
     try HostFile.create(path)
     let file = try HostFile(path: path, access: FileAccess(writable: true), queue: makeIOQueue())
     defer { file.close() }
@@ -103,7 +109,7 @@ struct SnapshotBenchmark {
         node = "s\(index)"
       }
       for index in 0..<runs {
-        try makeImage("\(folder)/o\(index)")
+        try Self.makeImage("\(folder)/o\(index)")
         let layer: JSONObject = [
           "driver": "qcow2", "node-name": .string("o\(index)"), "backing": .null,
           "file": ["driver": "file", "filename": .string("\(folder)/o\(index)"), "cache": ["direct": true]],
@@ -125,8 +131,8 @@ struct SnapshotBenchmark {
       var rest: [Double] = []
       var over: [Double] = []
       for index in 0..<runs {
-        if let time = slowest(in: folder, from: length(of: folder)) { rest.append(time) }
-        let start = length(of: folder)
+        if let time = slowest(in: folder, from: Self.length(of: folder)) { rest.append(time) }
+        let start = Self.length(of: folder)
         let arguments: JSONObject = [
           "node-name": .string(node), "snapshot-file": .string("\(folder)/s\(index)"),
           "snapshot-node-name": .string("s\(index)"), "format": "qcow2",
@@ -139,26 +145,33 @@ struct SnapshotBenchmark {
     }
   }
 
-  private func length(of folder: String) -> Int {
+  static func length(of folder: String) -> Int {
     var status = stat()
     return stat(folder + "/output", &status) == 0 ? Int(status.st_size) : 0
+  }
+
+  /// What a machine has printed, from and up to these places; all of it where there is no end.
+  static func output(of folder: String, from start: Int, to end: Int? = nil) -> String {
+    var bytes = [UInt8](repeating: 0, count: max(0, (end ?? length(of: folder)) - start))
+    let file = open(folder + "/output", O_RDONLY)
+    let count = pread(file, &bytes, bytes.count, off_t(start))
+    close(file)
+    return String(decoding: bytes.prefix(max(0, count)), as: UTF8.self)
+  }
+
+  /// The guest's slowest requests, in microseconds, of whole lines.
+  static func times(_ text: String) -> [Double] {
+    text.split(separator: "\n", omittingEmptySubsequences: false).dropLast().compactMap { line -> Double? in
+      let words = line.split(separator: " ")
+      return words.count == 3 && words[0] == "slowest" ? Double(words[1]) : nil
+    }
   }
 
   /// The longest of what the guest tells in its next two lines, in milliseconds: the second one's time began after the call.
   private func slowest(in folder: String, from start: Int) -> Double? {
     for _ in 0..<500 {
       usleep(10_000)
-      var bytes = [UInt8](repeating: 0, count: max(0, length(of: folder) - start))
-      let file = open(folder + "/output", O_RDONLY)
-      let count = pread(file, &bytes, bytes.count, off_t(start))
-      close(file)
-      let text = String(decoding: bytes.prefix(max(0, count)), as: UTF8.self)
-      // The last line may be cut off.
-      let times = text.split(separator: "\n", omittingEmptySubsequences: false).dropLast().compactMap {
-        line -> Double? in
-        let words = line.split(separator: " ")
-        return words.count == 3 && words[0] == "slowest" ? Double(words[1]) : nil
-      }
+      let times = Self.times(Self.output(of: folder, from: start))
       if times.count >= 2 { return max(times[0], times[1]) / 1000 }
     }
     return nil

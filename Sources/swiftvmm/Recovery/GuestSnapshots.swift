@@ -253,7 +253,7 @@ final class GuestSnapshots: @unchecked Sendable {
       return (graph.overlayHeader(above: layer), BlockGraph.absolutePath(layer.path) + ".\(serial)-\(getpid())")
     }
     do throws(BlockError) {
-      try BlockGraph.makeOverlayFile(path, header, queue: control.disks.thread.queue)
+      try BlockGraph.makeOverlayFile(path, header, isTemporary: true, queue: control.disks.thread.queue)
     } catch {
       unlink(path)
       throw .refused("\(error)")

@@ -81,6 +81,7 @@ struct SnapshotCatalogue {
     let files = Set(layers.map(\.file))
     var left = entries
     var result: [Entry] = []
+    var rebuilt: Set<String> = []
     for layer in layers {
       // What was merged there is what it holds now.
       let merged = left.first { $0.into == layer.file && !files.contains($0.file) }
@@ -88,10 +89,15 @@ struct SnapshotCatalogue {
       spoiled.remove(layer.file)
       let found = merged ?? left.first { $0.file == layer.file }
       guard var entry = found ?? Self.entry(layer, cuts[layer.file], generation, taken: left + result) else { continue }
+      if found == nil, cuts[layer.file] == nil { rebuilt.insert(entry.id) }
       left.removeAll { $0.id == entry.id }
       (entry.file, entry.size, entry.format) = (layer.file, layer.size, layer.format)
       if let into = entry.into, !spoiled.contains(into) { entry.into = nil }
       result.append(entry)
+    }
+    // A layer is made durable after the cut, so its last write may be later than that of the layer above.
+    for index in result.indices.dropLast().reversed() where rebuilt.contains(result[index].id) {
+      result[index].time = min(result[index].time, result[index + 1].time)
     }
     let kept = spoiled.intersection(files)
     if top == self.top, kept == spoiled, result.map(\.json) == entries.map(\.json) { return }

@@ -44,7 +44,12 @@ final class SnapshotKeeper: @unchecked Sendable {
       graph.onPivot = { [weak self] disk in self?.pivots(disk) }
       look(graph)
     }
-    control.onJobEnd = { [weak self] in self?.refresh() }
+    control.onJobEnd = { [weak self] in
+      self?.saved.withLock { saved in
+        for disk in saved.keys where saved[disk] == .max { saved[disk] = 0 }
+      }
+      self?.refresh()
+    }
   }
 
   // MARK: What happens to the chains
@@ -79,7 +84,8 @@ final class SnapshotKeeper: @unchecked Sendable {
     guard !disk.top.isBackupOverlay, let catalogue = catalogues[disk.name] else { return }
     saved.withLock { saved in
       catalogue.forget()
-      saved[disk.name] = nil
+      // None until the job has ended.
+      saved[disk.name] = .max
     }
   }
 
@@ -149,7 +155,10 @@ final class SnapshotKeeper: @unchecked Sendable {
         }
       }
     }
-    return all.sorted { ($0.entry.time, $0.disk) < ($1.entry.time, $1.disk) }
+    // What was made again of the chain may have equal times, and keeps the chain's order.
+    return all.enumerated().sorted { one, other in
+      (one.element.entry.time, one.offset) < (other.element.entry.time, other.offset)
+    }.map(\.element)
   }
 
   /// The runs of the machine that the disks' next snapshots would be of.
