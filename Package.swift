@@ -78,6 +78,9 @@ let package = Package(
       settings: hot),
     library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "MemoryViews", "StateTree"]),
 
+    // In which order the pages of a machine are sent elsewhere. It looks at every page: always optimised.
+    library("PageClasses", ["CLinux", "GuestMemory", "MemoryViews", "X86"], settings: hot),
+
     // Policies on top of views. Signatures are checked here: always optimised.
     library(
       "LoaderHardening", ["Accelerator", "GuestMemory", "Host", "JSON", "MemoryViews"], settings: hot),
@@ -132,6 +135,7 @@ let package = Package(
     tests("HostTests", ["Host"]),
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),
     tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
+    tests("PageClassesTests", ["GuestMemory", "MemoryViews", "PageClasses"]),
     tests("StateTreeTests", ["StateTree"]),
     tests("SavedMachineTests", ["GuestMemory", "Host", "SavedMachine", "StateTree"]),
     tests("JSONTests", ["JSON"]),
