@@ -93,7 +93,7 @@ let package = Package(
     library("NBD", ["BlockLayer", "Host"]),
 
     // What the agent in a guest says.
-    library("GuestAgent", ["JSON"]),
+    library("GuestAgent", ["JSON", "PageClasses"]),
 
     // Machines in files.
     .target(
@@ -126,7 +126,7 @@ let package = Package(
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestAgent", "GuestMemory",
         "Host", "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "NBD",
-        "PlatformDevices", "SavedMachine", "SoftAccelerator", "StateTree", "Virtio",
+        "PageClasses", "PlatformDevices", "SavedMachine", "SoftAccelerator", "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,
       // The toolchain's own linker: what it links starts a millisecond sooner than what gold, the default, does.
@@ -186,7 +186,7 @@ let package = Package(
       "VirtioTests",
       ["BlockLayer", "DeviceModel", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
-    tests("GuestAgentTests", ["GuestAgent", "JSON"]),
+    tests("GuestAgentTests", ["GuestAgent", "JSON", "PageClasses"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
     tests("GuestTests", ["Boot", "Host"]),
   ] + fuzzers

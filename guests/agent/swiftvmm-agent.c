@@ -125,6 +125,75 @@ static bool member(const char *line, const char *key, char *value, size_t size) 
   return true;
 }
 
+// What a page is to a host that moves this machine, by its flags (include/uapi/linux/kernel-page-flags.h).
+enum { ORDINARY, PRIORITIZED, DEPRIORITIZED, IGNORED };
+
+static int kind_of_page(uint64_t flags) {
+  enum { DIRTY = 1 << 4, LRU = 1 << 5, ACTIVE = 1 << 6, WRITEBACK = 1 << 8, BUDDY = 1 << 10, MMAP = 1 << 11, ANON = 1 << 12,
+    SWAPBACKED = 1 << 14, NOPAGE = 1 << 20, OFFLINE = 1 << 23 };
+  if (flags & NOPAGE) return ORDINARY;
+  if (flags & (BUDDY | OFFLINE)) return IGNORED; // free, or the balloon has it
+  // Memory of files that are on disks: of running programs, or what can be read again.
+  if (!(flags & LRU) || flags & (DIRTY | WRITEBACK | ANON | SWAPBACKED)) return ORDINARY;
+  return flags & MMAP && flags & ACTIVE ? PRIORITIZED : flags & MMAP ? ORDINARY : DEPRIORITIZED;
+}
+
+// Runs of pages of each kind from a page on, in one line: shorter ones than `least` are left out, and what does not fit is
+// for the next request.
+static void page_hints(int port, const char *id, uint64_t first, uint64_t least) {
+  enum { SHARE = (LONGEST - 512) / 3, CHUNK = 4096 };
+  static char texts[IGNORED + 1][SHARE], reply[LONGEST];
+  static uint64_t flags[CHUNK];
+  size_t lengths[IGNORED + 1] = {0};
+  int file = open("/proc/kpageflags", O_RDONLY | O_CLOEXEC);
+  if (file < 0) {
+    snprintf(reply, sizeof reply, "{\"id\": %s, \"error\": \"cannot open /proc/kpageflags: %s\"}\n", id, strerror(errno));
+    send_line(port, reply);
+    return;
+  }
+  uint64_t page = first, start = first;
+  int kind = ORDINARY;
+  bool is_full = false, is_end = first > INT64_MAX / 8;
+  while (!is_end && !is_full) {
+    ssize_t got = pread(file, flags, sizeof flags, (off_t)(page * 8));
+    if (got < 0 && errno == EINTR) continue;
+    is_end = got < 8;
+    ssize_t count = is_end ? 1 : got / 8; // the last run ends where there is nothing more
+    for (ssize_t index = 0; index < count && !is_full; index++, page++) {
+      int next = is_end ? ORDINARY : kind_of_page(flags[index]);
+      if (next == kind) continue;
+      if (kind != ORDINARY && page - start >= least) {
+        char *text = texts[kind];
+        size_t length = lengths[kind];
+        int more = snprintf(text + length, SHARE - length, "%s%llu,%llu", length ? "," : "",
+          (unsigned long long)start, (unsigned long long)(page - start));
+        if (more < 0 || length + (size_t)more >= SHARE) {
+          is_full = true;
+          text[length] = 0;
+          break;
+        }
+        lengths[kind] = length + (size_t)more;
+      }
+      kind = next;
+      start = page;
+    }
+  }
+  close(file);
+  for (int each = PRIORITIZED; each <= IGNORED; each++) texts[each][lengths[each]] = 0;
+  char next[40] = "null";
+  if (is_full) snprintf(next, sizeof next, "%llu", (unsigned long long)start);
+  snprintf(reply, sizeof reply,
+    "{\"id\": %s, \"result\": {\"prioritized\":[%s],\"deprioritized\":[%s],\"ignored\":[%s],\"next\":%s}}\n", id,
+    texts[PRIORITIZED], texts[DEPRIORITIZED], texts[IGNORED], next);
+  send_line(port, reply);
+}
+
+static uint64_t number(const char *line, const char *key, uint64_t otherwise) {
+  char text[32];
+  return member(line, key, text, sizeof text) && *text && strspn(text, "0123456789") == strlen(text)
+    ? strtoull(text, NULL, 10) : otherwise;
+}
+
 static void answer(int port, const char *line) {
   char id[32], request[80], reply[512], error[256] = "";
   if (!member(line, "id", id, sizeof id) || !member(line, "request", request, sizeof request)) return;
@@ -136,6 +205,9 @@ static void answer(int port, const char *line) {
       snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {\"frozen\": %d}}\n", id, frozen_count);
     else
       snprintf(reply, sizeof reply, "{\"id\": %s, \"error\": \"%s\"}\n", id, error);
+  } else if (strcmp(request, "page-hints") == 0) {
+    page_hints(port, id, number(line, "from", 0), number(line, "least", 8));
+    return;
   } else if (strcmp(request, "fs-thaw") == 0) {
     snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {\"thawed\": %d}}\n", id, thaw());
   } else {
