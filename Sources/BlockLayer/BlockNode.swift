@@ -30,6 +30,8 @@ public final class BlockRequest {
   public var completion: (BlockError?) -> Void
   /// The queue's own number for the request while it is under way.
   var token: UInt64 = 0
+  /// For an I/O queue: storage is set aside first for what is written.
+  var allocates = false
   /// The descriptor and bytes that an I/O queue works on.
   var descriptor: Int32 = -1
   var position: UInt64 = 0

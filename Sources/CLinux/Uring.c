@@ -60,6 +60,9 @@ void clinux_uring_close(struct clinux_uring *ring) {
   memset(ring, 0, sizeof *ring);
 }
 
+// What an operation has whose outcome nobody minds.
+static const uint64_t CLINUX_URING_NO_TOKEN = UINT64_MAX;
+
 // Bytes from which a transfer is left to a worker, so that it does not hold up its submitter.
 enum { CLINUX_URING_LARGE = 256 << 10 };
 
@@ -93,6 +96,24 @@ int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation op
   return 1;
 }
 
+int clinux_uring_queue_allocation(struct clinux_uring *ring, int file, uint64_t offset, uint64_t length) {
+  unsigned tail = *ring->sq_tail;
+  if (tail - __atomic_load_n(ring->sq_head, __ATOMIC_ACQUIRE) + 1 >= ring->entries) return 0;
+  unsigned index = tail & ring->sq_mask;
+  struct io_uring_sqe *entry = (struct io_uring_sqe *)ring->submissions + index;
+  memset(entry, 0, sizeof *entry);
+  entry->opcode = IORING_OP_FALLOCATE;
+  entry->flags = IOSQE_IO_HARDLINK;
+  entry->fd = file;
+  entry->off = offset;
+  entry->addr = length;
+  entry->user_data = CLINUX_URING_NO_TOKEN;
+  ring->sq_array[index] = index;
+  __atomic_store_n(ring->sq_tail, tail + 1, __ATOMIC_RELEASE);
+  ring->queued++;
+  return 1;
+}
+
 int clinux_uring_submit(struct clinux_uring *ring, unsigned wait_for) {
   int submitted = (int)syscall(SYS_io_uring_enter, ring->file, ring->queued, wait_for,
                                wait_for ? IORING_ENTER_GETEVENTS : 0, 0, 0);
@@ -102,11 +123,13 @@ int clinux_uring_submit(struct clinux_uring *ring, unsigned wait_for) {
 }
 
 int clinux_uring_reap(struct clinux_uring *ring, uint64_t *token, int32_t *result) {
-  unsigned head = *ring->cq_head;
-  if (head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) return 0;
-  const struct io_uring_cqe *entry = (const struct io_uring_cqe *)ring->cq_entries + (head & ring->cq_mask);
-  *token = entry->user_data;
-  *result = entry->res;
-  __atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
-  return 1;
+  for (;;) {
+    unsigned head = *ring->cq_head;
+    if (head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) return 0;
+    const struct io_uring_cqe *entry = (const struct io_uring_cqe *)ring->cq_entries + (head & ring->cq_mask);
+    *token = entry->user_data;
+    *result = entry->res;
+    __atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
+    if (*token != CLINUX_URING_NO_TOKEN) return 1;
+  }
 }

@@ -82,10 +82,10 @@ struct JobTests {
   }
 
   /// What is set aside before it is written is what is written.
-  @Test(arguments: [ImageFormat.raw, .qcow2])
-  func bulkCopiesKeepTheirHoles(format: ImageFormat) throws {
+  @Test(arguments: [ImageFormat.raw, .qcow2], [false, true])
+  func bulkCopiesKeepTheirHoles(format: ImageFormat, withThreads: Bool) throws {
     let scratch = Scratch()
-    let queue = try makeIOQueue()
+    let queue: any IOQueue = withThreads ? try ThreadPoolQueue() : try makeIOQueue()
     try create(scratch("disk"), Qcow2CreateOptions(size: 64 << 20), queue)
     let source = try BlockChain(path: scratch("disk"), access: FileAccess(writable: true), queue: queue)
     for offset in [UInt64(0), 10 << 20, 63 << 20] { try source.top.fill(0x5a, at: offset, 1 << 20, on: queue) }

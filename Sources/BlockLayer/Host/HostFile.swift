@@ -119,7 +119,7 @@ public final class HostFile: BlockFile {
       if isReadOnly, request.operation == .write { return request.completion(.readOnly(path: path)) }
       if alignment > 1, !request.isAligned(to: 512) { return submitBounced(request) }
       if request.operation == .write {
-        if access.isBulk, request.length >= Self.largeWrite { beginBulk(request.offset, request.length) }
+        if access.isBulk, request.length >= Self.largeWrite { beginBulk(request) }
         length = max(length, request.offset + request.length)
       }
       queue.start(request, descriptor: file.rawValue, path: path)
@@ -141,16 +141,14 @@ public final class HostFile: BlockFile {
     }
   }
 
-  /// Before a large write, which itself says what the host cannot do.
-  private func beginBulk(_ offset: UInt64, _ length: UInt64) {
-    if access.ignoresFlushes {
-      guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return }
-      access.isBulk = clinux_allocate(file.rawValue, start, count) == 0
-      return
-    }
-    heldBack += length
+  /// Before a large write.
+  private func beginBulk(_ request: BlockRequest) {
+    request.allocates = access.ignoresFlushes
+    guard !access.ignoresFlushes else { return }
+    heldBack += request.length
     guard heldBack >= Self.mostHeldBack else { return }
     heldBack = 0
+    // Where the host cannot begin early, the flush has more to do.
     access.isBulk = clinux_begin_writing(file.rawValue) == 0
   }
 

@@ -54,6 +54,12 @@ public final class IOUringQueue: IOQueue {
       case .write: CLINUX_URING_WRITE
       default: CLINUX_URING_SYNC_DATA
       }
+    if request.allocates {
+      guard clinux_uring_queue_allocation(&ring, request.descriptor, request.position, request.length) != 0 else {
+        return waiting.append(place)
+      }
+      request.allocates = false
+    }
     let queued = clinux_uring_queue(
       &ring, operation, request.descriptor, request.memory.pointer, UInt32(min(request.memory.count, 1024)),
       request.position, UInt64(place))
@@ -103,7 +109,8 @@ public final class IOUringQueue: IOQueue {
 
   private func finish(_ place: Int, _ result: Int32) {
     guard let request = active[place] else { return }
-    if result == -EINTR || result == -EAGAIN {
+    // The last is a write behind an allocation that an older kernel does not know.
+    if result == -EINTR || result == -EAGAIN || result == -ECANCELED {
       queue(place)
       return
     }

@@ -175,6 +175,10 @@ void clinux_uring_close(struct clinux_uring *ring);
 /// Queues one operation; 0 where the submission queue is full. The vectors stay until the operation has completed.
 int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
                        const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token);
+/// Queues fallocate(2) of a range, for the write that is queued next and waits for it, whatever comes of it; 0 where there is no
+/// room for both.
+int clinux_uring_queue_allocation(struct clinux_uring *ring, int file, uint64_t offset, uint64_t length);
+
 
 /// Hands what is queued to the kernel and waits for `wait_for` completions; -1 and errno on failure.
 int clinux_uring_submit(struct clinux_uring *ring, unsigned wait_for);
