@@ -83,6 +83,7 @@ struct SnapshotScheduleTests {
     let rounds = Int(ProcessInfo.processInfo.environment["SWIFTVMM_SCHEDULE_KILLS"] ?? "") ?? 3
     for round in 0..<rounds {
       let machine = try writer("--snapshot-every", "1s", "--keep", "1", rate: 0)
+      #expect(machine.waitFor("flushed"), "\(machine.text)")
       usleep(UInt32(rounds == 3 ? [2_020_000, 3_050_000, 2_500_000][round] : Int.random(in: 900_000...4_000_000)))
       machine.kill()
       let lines = machine.text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
@@ -162,6 +163,28 @@ struct SnapshotScheduleTests {
     #expect(machine.waitUntilExit() == 0)
     #expect(!FileManager.default.fileExists(atPath: disk + ".snapshots"))
     try verify(disk)
+  }
+
+  /// A disk that a job works on gets no snapshot, and nothing is left of the attempt; what somebody else makes is not the schedule's.
+  @Test func whatIsRefusedLeavesNothing() throws {
+    let machine = try writer("--snapshot-every", "1s", "--keep", "3")
+    for _ in 0..<500 where try ids(machine).isEmpty { usleep(20_000) }
+    try machine.execute("block-commit", ["device": "d0", "job-id": "c"])
+    _ = try machine.event("BLOCK_JOB_READY")
+    func files() throws -> [String] {
+      try FileManager.default.contentsOfDirectory(atPath: folder.path).filter { $0.hasSuffix(".qcow2") }.sorted()
+    }
+    let before = try files()
+    for _ in 0..<500 where !machine.text.contains("was not made") { usleep(20_000) }
+    #expect(machine.text.contains("the scheduled snapshot was not made: the disk d0 has a job, c"), "\(machine.text)")
+    #expect(try files() == before)
+    try machine.execute("block-job-cancel", ["device": "c"])
+    _ = try machine.event("BLOCK_JOB_CANCELLED")
+    try machine.execute("blockdev-snapshot-sync", ["device": "d0", "snapshot-file": folder.path + "/own"])
+    let own = try snapshots(machine).filter { $0["scheduled"] as? Bool == false }
+    #expect(own.count == 1 && own[0]["name"] as? String == "", "\(own)")
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0)
   }
 
   /// While a backup leads a disk's writes beside it, nobody else changes its layers; ordinary listings do not show the backup's.

@@ -29,8 +29,8 @@ final class SnapshotKeeper: @unchecked Sendable {
   // These are the disks' thread's.
   private var catalogues: [String: SnapshotCatalogue] = [:]
   private var cuts: [String: SnapshotCatalogue.Cut] = [:]
-  /// What the next cut is called.
-  private var nextCut = SnapshotCatalogue.Cut(time: 0)
+  /// What the schedule's cuts are called, by the overlays that they put on.
+  private var expected: [String: String] = [:]
   /// The revision of each disk's catalogue that is in its file.
   private let saved = Mutex<[String: UInt64]>([:])
 
@@ -55,14 +55,16 @@ final class SnapshotKeeper: @unchecked Sendable {
   // MARK: What happens to the chains
 
   private func wasCut(_ disks: [LiveDisk]) {
-    nextCut.time = RecoveryTime.now()
+    let time = RecoveryTime.now()
     for disk in disks where !disk.top.isBackupOverlay {
       guard let layer = disk.top.backing else { continue }
-      var cut = nextCut
-      if cut.isScheduled { cut.id = "\(disk.name).\(RecoveryTime.compact(cut.time))" }
+      var cut = SnapshotCatalogue.Cut(time: time)
+      if let name = expected.removeValue(forKey: BlockGraph.absolutePath(disk.top.path)) {
+        (cut.name, cut.isScheduled) = (name, true)
+        cut.id = "\(disk.name).\(RecoveryTime.compact(cut.time))"
+      }
       cuts[BlockGraph.absolutePath(layer.path)] = cut
     }
-    nextCut = SnapshotCatalogue.Cut(time: 0)
     refresh()
   }
 
@@ -172,10 +174,10 @@ final class SnapshotKeeper: @unchecked Sendable {
 
   // MARK: Changes
 
-  /// What the next cut, which follows at once, is called.
-  func expectCut(name: String) {
+  /// The cuts that are called so are those with these overlays.
+  func expectCuts(_ overlays: [String], name: String) {
     control.disks.thread.perform { [self] in
-      nextCut = SnapshotCatalogue.Cut(time: 0, name: name, isScheduled: true)
+      expected = Dictionary(uniqueKeysWithValues: overlays.map { ($0, name) })
     }
   }
 

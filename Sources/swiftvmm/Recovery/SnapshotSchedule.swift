@@ -1,4 +1,5 @@
 import BlockLayer
+import Glibc
 import Host
 import JSON
 import Monitor
@@ -94,8 +95,14 @@ final class SnapshotSchedule: @unchecked Sendable {
     guard !files.isEmpty else { return }
     let isFrozen = freeze()
     defer { if isFrozen { _ = try? agent?.ask("fs-thaw", [:], milliseconds: 5000) } }
-    keeper.expectCut(name: name)
-    try DiskCommands.snapshot(files, keeper.control)
+    keeper.expectCuts(files.map(\.1), name: name)
+    do throws(MonitorError) {
+      try DiskCommands.snapshot(files, keeper.control)
+    } catch {
+      // All disks have new layers, or none.
+      for (_, file) in files { unlink(file) }
+      throw error
+    }
   }
 
   /// As the machine's disk is called that the schedule began with, and when.
