@@ -23,8 +23,10 @@ func library(_ name: String, _ dependencies: [Target.Dependency] = [], settings:
   .target(name: name, dependencies: dependencies, swiftSettings: settings)
 }
 
-func tests(_ name: String, _ dependencies: [Target.Dependency], settings: [SwiftSetting] = strict) -> Target {
-  .testTarget(name: name, dependencies: dependencies, swiftSettings: settings)
+func tests(
+  _ name: String, _ dependencies: [Target.Dependency], exclude: [String] = [], settings: [SwiftSetting] = strict
+) -> Target {
+  .testTarget(name: name, dependencies: dependencies, exclude: exclude, swiftSettings: settings)
 }
 
 /// Fuzzers need libFuzzer's instrumentation everywhere, so they are no part of other builds: see scripts/fuzz.
@@ -46,6 +48,7 @@ let fuzzers: [Target] =
     fuzzer("FuzzNBD", ["BlockLayer", "NBD"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
     fuzzer("FuzzQcow2", ["BlockLayer"]),
+    fuzzer("FuzzSave", ["GuestMemory", "SavedMachine", "StateTree"]),
   ]
 
 let package = Package(
@@ -188,6 +191,6 @@ let package = Package(
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("GuestAgentTests", ["GuestAgent", "JSON", "PageClasses"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
-    tests("GuestTests", ["Boot", "Host"]),
+    tests("GuestTests", ["Boot", "Host"], exclude: ["Fixtures"]),
   ] + fuzzers
 )

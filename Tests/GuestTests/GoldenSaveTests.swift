@@ -1,0 +1,25 @@
+import Foundation
+import Testing
+
+/// Saved machines that earlier versions of swiftvmm have written go on.
+///
+/// `Fixtures/saved-VERSION.gz` were written by `swiftvmm save --stop` while the sample guest `ticks` ran on the software
+/// engine with two vCPUs and 16 MiB, before its local APIC's ticks, and packed by `gzip -9n`. They are never written again:
+/// a version of the file (docs/state.md), of the tree or of a node that changes must go on reading what is in them.
+@Suite(.enabled(if: VMM.isBuilt, "needs the release build and scripts/build-guests"))
+struct GoldenSaveTests {
+  @Test(arguments: [1]) func aSavedMachineOfEachVersionGoesOn(version: Int) throws {
+    let folder = try TemporaryFolder()
+    let packed = VMM.checkout + "/Tests/GuestTests/Fixtures/saved-\(version).gz"
+    let path = folder.path + "/saved"
+    let unpacked = try hostTool("sh", "-c", "gzip -dc '\(packed)' > '\(path)'")
+    try #require(unpacked.status == 0, "\(unpacked.output)")
+    let result = try VMM.run(
+      "run", "ticks", "--engine", "soft", "--cpus", "2", "--memory", "16M", "--restore", path, "--verify",
+      "--time-limit", "120")
+    #expect(result.status == 0, "\(result.output) \(result.errors)")
+    #expect(result.output.contains("local apic one-shot: ok"), "\(result.output)")
+    #expect(result.output.contains("ticks: all passed"), "\(result.output)")
+    #expect(!result.output.contains("pit periodic through pic"), "it has begun anew: \(result.output)")
+  }
+}
