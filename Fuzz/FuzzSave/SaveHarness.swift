@@ -8,7 +8,12 @@ import StateTree
 enum SaveHarness {
   private static let pages = 4
   /// Always the same file, so that none is made for each input.
-  private static let file = memfd_create("fuzz-save", 0)
+  private static let file: Int32 = {
+    var name = Array((NSTemporaryDirectory() + "fuzz-save-XXXXXX").utf8CString)
+    let file = mkstemp(&name)
+    guard file >= 0, unlink(name) == 0 else { fatalError("no temporary file: errno \(errno)") }
+    return file
+  }()
   private static let path = "/proc/self/fd/\(file)"
 
   /// Reads the bytes as they are, and with their checksums put right, so that what is behind them is reached.
@@ -90,7 +95,7 @@ enum SaveHarness {
       var bytes = seeds[round % seeds.count]
       for _ in 0..<Int.random(in: 1...6, using: &generator) {
         // The first words, the state or anything.
-        let area = [0..<72, 4096..<min(bytes.count, 4096 + 256), 0..<bytes.count].randomElement(using: &generator)
+        let area = [0..<72, 4096..<max(4096, min(bytes.count, 4096 + 256)), 0..<bytes.count].randomElement(using: &generator)
         guard let area, let place = area.randomElement(using: &generator), place < bytes.count else { continue }
         switch Int.random(in: 0..<12, using: &generator) {
         case 0: bytes.removeLast(min(bytes.count - 1, Int.random(in: 0..<5000, using: &generator)))
