@@ -95,7 +95,8 @@ enum SaveHarness {
       var bytes = seeds[round % seeds.count]
       for _ in 0..<Int.random(in: 1...6, using: &generator) {
         // The first words, the state or anything.
-        let area = [0..<72, 4096..<max(4096, min(bytes.count, 4096 + 256)), 0..<bytes.count].randomElement(using: &generator)
+        let area = [0..<72, 4096..<max(4096, min(bytes.count, 4096 + 256)), 0..<bytes.count].randomElement(
+          using: &generator)
         guard let area, let place = area.randomElement(using: &generator), place < bytes.count else { continue }
         switch Int.random(in: 0..<12, using: &generator) {
         case 0: bytes.removeLast(min(bytes.count - 1, Int.random(in: 0..<5000, using: &generator)))
