@@ -116,6 +116,7 @@ final class RunDisks {
     graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
       var disk = try option.parse(number: number)
+      let named = disk.path
       if followsSnapshots, !disk.isReadOnly, let top = SnapshotCatalogue.newestLayer(above: disk.path) {
         printError("swiftvmm: \(disk.name) goes on in \(top), above \(disk.path)")
         (disk.path, disk.format) = (top, .qcow2)
@@ -123,13 +124,19 @@ final class RunDisks {
       let overlay = disk.path + BackupJournal.overlaySuffix
       if BackupFiles.exists(overlay) { throw .backup(.needsRecovery(image: disk.path, overlay: overlay)) }
       if graph.disks[disk.name] != nil { throw .machine(.diskName(disk.name)) }
+      var lost: (top: String, image: String)?
       do throws(BlockError) {
         var image = BlockGraph.Options(path: disk.path, format: disk.format, access: disk.access)
         image.isImplicit = true
         let layer = try graph.open(image)
+        let isAbove = layer.chain.contains { BackupFiles.real($0.path) == BackupFiles.real(named) }
+        if !isAbove { lost = (disk.path, named) }
         disks.append((disk, try graph.addDisk(disk.name, on: layer)))
       } catch {
         throw .disk(error)
+      }
+      if let lost {
+        throw .notAbove(top: lost.top, image: lost.image, catalogue: SnapshotCatalogue.path(besides: lost.image))
       }
     }
     do { try thread.start() } catch { throw .host(error) }

@@ -50,6 +50,7 @@ enum Failure: Error {
   case diskIsRemote(path: String)
   case diskIsNotQcow2(path: String, operation: String)
   case diskMapNeedsJSON(path: String, offset: UInt64)
+  case notAbove(top: String, image: String, catalogue: String)
   case diskStandsStill(name: String, reason: String)
   case saved(SavedMachineError)
   case backup(BackupFault)
@@ -80,7 +81,7 @@ enum Failure: Error {
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskIsRemote: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
-    case .diskHasNoBacking, .diskIsNotQcow2: .badInput
+    case .diskHasNoBacking, .diskIsNotQcow2, .notAbove: .badInput
     case .disk(let error): Self.status(error)
     case .backup(let fault): fault.status
     case .saved: .badInput
@@ -172,6 +173,8 @@ enum Failure: Error {
       "\(path) has compressed clusters (at \(offset)), which have no plain place in the file: use --json"
     case .diskStandsStill(let name, let reason):
       "the machine stands still, for its disk \(name) failed: \(reason); put that right, then swiftvmm resume tries again"
+    case .notAbove(let top, let image, let catalogue):
+      "\(catalogue) says that \(image) goes on in \(top), which is not above it: remove \(catalogue), or name \(top) with --disk"
     case .saved(let error): "\(error)"
     }
   }

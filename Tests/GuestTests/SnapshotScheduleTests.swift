@@ -76,6 +76,9 @@ struct SnapshotScheduleTests {
     #expect(again.waitUntilExit() == 0)
     for file in files { try verify(file + ",readonly=on") }
     try verify(disk, "--snapshot-every", "1h")
+    // By another name it is the same disk.
+    try FileManager.default.createSymbolicLink(atPath: folder.path + "/link", withDestinationPath: folder.path)
+    try verify(folder.path + "/./link/disk", "--snapshot-every", "1h")
   }
 
   /// Killed at any moment, merges among them: the newest layer is found, and holds what was flushed.
@@ -134,6 +137,12 @@ struct SnapshotScheduleTests {
     }
     try FileManager.default.removeItem(atPath: catalogue)
     #expect(try list().count == 2)
+    // A disk goes on in no layer that is another disk's.
+    try #require(hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", folder.path + "/other", "32M").status == 0)
+    let lie = #"{"version": 1, "top": "\#(folder.path)/other", "generation": 1, "snapshots": [], "spoiled": []}"#
+    try Data(lie.utf8).write(to: URL(fileURLWithPath: catalogue))
+    let refused = try VMM.run("run", "disk", "--disk", disk, "--snapshot-every", "1m")
+    #expect(refused.status == 66 && refused.errors.contains("is not above it"), "\(refused.errors)")
   }
 
   /// A merged layer's snapshot is called as before, whatever file holds it; one that is overwritten is none.

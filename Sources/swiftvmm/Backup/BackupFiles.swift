@@ -27,6 +27,13 @@ enum BackupFiles {
     return slash == path.startIndex ? "/" : String(path[..<slash])
   }
 
+  /// One name for a file, however it was called; as it is where there is no such file.
+  static func real(_ path: String) -> String {
+    guard !NBDURI.isURI(path), let name = realpath(path, nil) else { return BlockGraph.absolutePath(path) }
+    defer { free(name) }
+    return String(cString: name)
+  }
+
   /// What is behind the last slash.
   static func name(of path: String) -> String { String(path.split(separator: "/").last ?? "") }
 

@@ -195,7 +195,7 @@ struct SnapshotCatalogue {
 
   /// The newest layer of the disk whose catalogue is beside `image`; nil for the image itself.
   static func newestLayer(above image: String) -> String? {
-    guard let top = read(besides: image)?.top, top != BlockGraph.absolutePath(image), BackupFiles.exists(top) else {
+    guard let top = read(besides: image)?.top, top != BackupFiles.real(image), BackupFiles.exists(top) else {
       return nil
     }
     return top

@@ -59,11 +59,11 @@ final class SnapshotKeeper: @unchecked Sendable {
     for disk in disks where !disk.top.isBackupOverlay {
       guard let layer = disk.top.backing else { continue }
       var cut = SnapshotCatalogue.Cut(time: time)
-      if let name = expected.removeValue(forKey: BlockGraph.absolutePath(disk.top.path)) {
+      if let name = expected.removeValue(forKey: BackupFiles.real(disk.top.path)) {
         (cut.name, cut.isScheduled) = (name, true)
         cut.id = "\(disk.name).\(RecoveryTime.compact(cut.time))"
       }
-      cuts[BlockGraph.absolutePath(layer.path)] = cut
+      cuts[BackupFiles.real(layer.path)] = cut
     }
     refresh()
   }
@@ -75,8 +75,8 @@ final class SnapshotKeeper: @unchecked Sendable {
     let chain = disk.top.chain
     guard let first = chain.firstIndex(where: { $0 === top }), let last = chain.firstIndex(where: { $0 === base })
     else { return }
-    let files = chain[(first + 1)...last].map { BlockGraph.absolutePath($0.path) }
-    catalogue.beginMerge(of: BlockGraph.absolutePath(top.path), losing: files, into: files.last ?? "")
+    let files = chain[(first + 1)...last].map { BackupFiles.real($0.path) }
+    catalogue.beginMerge(of: BackupFiles.real(top.path), losing: files, into: files.last ?? "")
     catalogues[disk.name] = catalogue
     // Before the first byte: what is overwritten must not be taken for a snapshot after a crash.
     save(disk.name, catalogue)
@@ -121,7 +121,7 @@ final class SnapshotKeeper: @unchecked Sendable {
     var chain = disk.top.chain
     // That is gone soon, and with it this state of the disk.
     if chain[0].isBackupOverlay, chain.count > 1 { chain.removeFirst() }
-    return (BlockGraph.absolutePath(chain[0].path), chain.dropFirst().reversed())
+    return (BackupFiles.real(chain[0].path), chain.dropFirst().reversed())
   }
 
   private func look(_ graph: BlockGraph) {
@@ -134,7 +134,7 @@ final class SnapshotKeeper: @unchecked Sendable {
       let (top, below) = Self.layers(of: disk)
       let layers = below.map { layer in
         SnapshotCatalogue.Layer(
-          file: BlockGraph.absolutePath(layer.path), node: layer.name, size: layer.node.size,
+          file: BackupFiles.real(layer.path), node: layer.name, size: layer.node.size,
           format: layer.format.rawValue)
       }
       var catalogue = catalogues[disk.name] ?? SnapshotCatalogue(top: top, layers: layers)
@@ -151,7 +151,7 @@ final class SnapshotKeeper: @unchecked Sendable {
         let nodes = Self.layers(of: disk).below
         var parent: String?
         return (catalogues[disk.name]?.entries ?? []).compactMap { entry in
-          guard let node = nodes.first(where: { BlockGraph.absolutePath($0.path) == entry.file }) else { return nil }
+          guard let node = nodes.first(where: { BackupFiles.real($0.path) == entry.file }) else { return nil }
           defer { parent = entry.id }
           return Snapshot(entry: entry, disk: disk.name, parent: parent, node: node.name)
         }
@@ -200,7 +200,7 @@ final class SnapshotKeeper: @unchecked Sendable {
     try control.run { graph in
       graph.nodes.values.filter { $0.isBackupOverlay || $0.isBackupTemporary }.sorted { $0.path < $1.path }.map {
         [
-          "node": .string($0.name), "file": .string(BlockGraph.absolutePath($0.path)),
+          "node": .string($0.name), "file": .string(BackupFiles.real($0.path)),
           "size": JSONValue($0.node.size), "kind": $0.isBackupTemporary ? "backup-temporary" : "backup-overlay",
         ]
       }

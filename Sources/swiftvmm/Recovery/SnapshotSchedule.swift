@@ -108,7 +108,7 @@ final class SnapshotSchedule: @unchecked Sendable {
   /// As the machine's disk is called that the schedule began with, and when.
   private static func overlay(of disk: LiveDisk, _ stamp: String) -> String {
     let bottom = disk.top.chain.last { !NBDURI.isURI($0.path) }?.path ?? disk.top.path
-    let folder = BackupFiles.folder(of: BlockGraph.absolutePath(disk.top.path))
+    let folder = BackupFiles.folder(of: BackupFiles.real(disk.top.path))
     let stem = "\(folder)/\(BackupFiles.name(of: bottom)).\(stamp)"
     var path = stem + ".qcow2"
     var number = 2
@@ -147,7 +147,8 @@ final class SnapshotSchedule: @unchecked Sendable {
   }
 
   private func merge(into file: String, _ disk: LiveDisk, _ graph: BlockGraph) {
-    guard let upper = disk.top.chain.first(where: { $0.backing?.isCalled(file) == true }), upper !== disk.top,
+    guard let upper = disk.top.chain.first(where: { $0.backing.map { BackupFiles.real($0.path) } == file }),
+      upper !== disk.top,
       let base = upper.backing, upper.users == 1, base.users == 1
     else { return }
     var result = CommitResult()
