@@ -103,6 +103,11 @@ let package = Package(
       name: "SavedMachine", dependencies: ["CCompression", "GuestMemory", "Host", "StateTree"], swiftSettings: strict,
       linkerSettings: [.linkedLibrary(":libz.a")]),
 
+    // Machines on their way to another process. It copies and compares pages: always optimised.
+    .target(
+      name: "Migration", dependencies: ["CCompression", "GuestMemory", "Host", "PageClasses", "StateTree"],
+      swiftSettings: hot, linkerSettings: [.linkedLibrary(":libz.a"), .linkedLibrary(":libzstd.a")]),
+
     // The machine.
     library("DeviceModel", ["GuestMemory", "StateTree"]),
     library("PlatformDevices", ["Accelerator", "DeviceModel", "GuestMemory", "Host", "StateTree"]),
@@ -128,7 +133,7 @@ let package = Package(
       name: "swiftvmm",
       dependencies: [
         "Accelerator", "BlockLayer", "Boot", "CLinux", "CLoops", "DeviceModel", "GDBStub", "GuestAgent", "GuestMemory",
-        "Host", "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Monitor", "NBD",
+        "Host", "JSON", "KVMAccelerator", "LoaderHardening", "Machine", "MemoryViews", "Migration", "Monitor", "NBD",
         "PageClasses", "PlatformDevices", "SavedMachine", "SoftAccelerator", "StateTree", "Virtio",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ], swiftSettings: strict,

@@ -14,4 +14,7 @@ public protocol InstructionAssist: Sendable {
   func execute(
     _ vcpu: any VirtualCPU, handle: (VCPUExit) throws(AcceleratorError) -> Void
   ) throws(AcceleratorError) -> Bool
+  /// Pages of a slot that instructions executed here have written since the last call, as `VirtualMachine.takeDirtyLog` tells
+  /// them; nil where none was executed yet.
+  func takeDirtyLog(slot: UInt32) throws(AcceleratorError) -> [UInt64]?
 }

@@ -126,7 +126,11 @@ public final class Machine: MachineControl {
     } catch {
       throw .host(error)
     }
-    if !paused { resume() }
+    if !paused {
+      resume()
+    } else if saved != nil {
+      operations.withLock { if $0.state == .inMigrate { $0.state = .paused } }
+    }
   }
 
   /// Waits until the run is over, stops every thread and says how it ended.
@@ -200,6 +204,8 @@ public final class Machine: MachineControl {
   /// Resets every vCPU and device and boots the guest again.
   public func reset(byGuest: Bool) {
     let failure = operations.withLock { operations -> MachineError? in
+      // What is not here, or here no more, cannot begin anew.
+      guard ![.inMigrate, .finishMigrate, .postMigrate].contains(operations.state) else { return nil }
       let wasRunning = operations.state == .running
       quiesce(&operations)
       do throws(MachineError) {
@@ -446,6 +452,52 @@ public final class Machine: MachineControl {
     for device in drainable { device.drain() }
     try restore(saved)
     operations.withLock { $0.pausedClock = try? virtualMachine.readClock() }
+  }
+
+  // MARK: Going elsewhere
+
+  /// Says that the machine waits for one that is to come; before `start`.
+  public func awaitState() { operations.withLock { $0.state = .inMigrate } }
+
+  /// Stops the machine for good unless `comeBack` follows, and returns its state, and whether it ran.
+  ///
+  /// Errors: `unsaved`, where there is something that no saved state carries; the machine goes on as before.
+  public func leave() throws(MachineError) -> (state: StateNode, ran: Bool) {
+    let outcome = operations.withLock { operations -> Result<(StateNode, Bool), MachineError> in
+      guard [.running, .paused].contains(operations.state), result == nil else {
+        return .failure(.unsaved(.state(operations.state)))
+      }
+      let ran = operations.state == .running
+      if ran { quiesce(&operations) }
+      if let pausedClock = operations.pausedClock { try? virtualMachine.writeClock(pausedClock) }
+      do throws(MachineError) {
+        if let disk = platform.disks.devices.first(where: { $0.hasStoppedRequests }) {
+          throw MachineError.unsaved(.stoppedRequests(disk: disk.name))
+        }
+        let state = try save()
+        operations.state = .finishMigrate
+        return .success((state, ran))
+      } catch {
+        if ran { go(&operations) }
+        return .failure(error)
+      }
+    }
+    return try outcome.get()
+  }
+
+  /// Ends what `leave` began: the machine is elsewhere.
+  public func stayAway() {
+    operations.withLock { operations in
+      if operations.state == .finishMigrate { operations.state = .postMigrate }
+    }
+  }
+
+  /// Undoes `leave`: the machine goes on if it `ran`, else it is paused.
+  public func comeBack(_ ran: Bool) {
+    operations.withLock { operations in
+      guard [.finishMigrate, .postMigrate].contains(operations.state), result == nil else { return }
+      if ran { go(&operations) } else { operations.state = .paused }
+    }
   }
 
   /// Puts a saved state in place. The machine must be paused; on an error it is in no usable state.

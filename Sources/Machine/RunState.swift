@@ -5,6 +5,12 @@ import DeviceModel
 public enum RunState: String, Sendable {
   /// Built, not yet started.
   case prelaunch
+  /// Built, and waiting for a machine that is to come.
+  case inMigrate = "inmigrate"
+  /// Every vCPU is out of the guest while the last of it goes elsewhere.
+  case finishMigrate = "finish-migrate"
+  /// It is, or may be, elsewhere.
+  case postMigrate = "postmigrate"
   /// vCPUs run.
   case running
   /// Every vCPU is out of the guest and has said so.

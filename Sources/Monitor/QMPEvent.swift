@@ -80,6 +80,9 @@ public struct QMPEvent: Equatable, Sendable {
     return QMPEvent("BLOCK_JOB_\(what)", data)
   }
 
+  /// A migration has another status (`MigrationStatus` of QEMU's migration.json).
+  public static func migration(_ status: String) -> QMPEvent { QMPEvent("MIGRATION", ["status": .string(status)]) }
+
   /// A disk or layer is offered no longer.
   public static func blockExportDeleted(_ id: String) -> QMPEvent {
     QMPEvent("BLOCK_EXPORT_DELETED", ["id": .string(id)])
@@ -117,6 +120,7 @@ public struct QMPEvent: Equatable, Sendable {
     ("JOB_STATUS_CHANGE", [.required("id", .string), .required("status", .string)]),
     ("BLOCK_JOB_READY", jobMembers), ("BLOCK_JOB_CANCELLED", jobMembers),
     ("BLOCK_JOB_COMPLETED", jobMembers + [.optional("error", .string)]),
+    ("MIGRATION", [.required("status", .string)]),
     ("BLOCK_EXPORT_DELETED", [.required("id", .string)]),
     ("DEVICE_DELETED", [.optional("device", .string), .required("path", .string)]),
     (

@@ -18,6 +18,11 @@ public final class SoftInstructionAssist: InstructionAssist {
     self.memory.withLock { $0 = (memory, slots) }
   }
 
+  /// Its writes are in no log of the accelerator's.
+  public func takeDirtyLog(slot: UInt32) throws(AcceleratorError) -> [UInt64]? {
+    try machine.withLock { $0 }?.takeDirtyLog(slot: slot)
+  }
+
   /// Executes one instruction. A state that no software CPU can take is not executed.
   public func execute(
     _ vcpu: any VirtualCPU, handle: (VCPUExit) throws(AcceleratorError) -> Void
@@ -54,7 +59,11 @@ public final class SoftInstructionAssist: InstructionAssist {
     let machine = try machine.withLock { machine throws(AcceleratorError) in
       if let machine { return machine }
       let made = SoftVirtualMachine(memory: known.memory)
-      for slot in known.slots { try made.setMemorySlot(slot) }
+      for var slot in known.slots {
+        // Always: nobody tells when somebody begins to ask.
+        slot.logsDirtyPages = true
+        try made.setMemorySlot(slot)
+      }
       machine = made
       return made
     }

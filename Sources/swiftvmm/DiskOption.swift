@@ -111,7 +111,8 @@ final class RunDisks {
   private var disks: [(disk: Disk, live: LiveDisk)] = []
 
   /// Opens every disk; `followsSnapshots` in its newest layer, where snapshots have been made of the image that is named.
-  init(_ options: [DiskOption], followsSnapshots: Bool = false) throws(Failure) {
+  /// Those that are `absent` belong to a machine that is still elsewhere.
+  init(_ options: [DiskOption], followsSnapshots: Bool = false, absent: Bool = false) throws(Failure) {
     do { thread = try IOThread() } catch { throw .host(error) }
     graph = BlockGraph(queue: thread.queue, loop: thread.loop)
     for (number, option) in options.enumerated() {
@@ -128,6 +129,10 @@ final class RunDisks {
       do throws(BlockError) {
         var image = BlockGraph.Options(path: disk.path, format: disk.format, access: disk.access)
         image.isImplicit = true
+        if absent {
+          disks.append((disk, try graph.addAbsentDisk(disk.name, image)))
+          continue
+        }
         let layer = try graph.open(image)
         let isAbove = layer.chain.contains { BackupFiles.real($0.path) == BackupFiles.real(named) }
         if !isAbove { lost = (disk.path, named) }

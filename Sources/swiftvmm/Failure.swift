@@ -6,6 +6,7 @@ import GuestMemory
 import Host
 import LoaderHardening
 import Machine
+import Migration
 import NBD
 import SavedMachine
 
@@ -54,6 +55,8 @@ enum Failure: Error {
   case diskStandsStill(name: String, reason: String)
   case saved(SavedMachineError)
   case backup(BackupFault)
+  case notMoved(status: String, reason: String?)
+  case notArrived(MigrationError)
 
   /// What a call that may fail in several ways has thrown.
   init(_ error: any Error) {
@@ -85,6 +88,7 @@ enum Failure: Error {
     case .disk(let error): Self.status(error)
     case .backup(let fault): fault.status
     case .saved: .badInput
+    case .notMoved, .notArrived: .inputOutput
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .nbd, .output, .host, .control, .diskClosed, .diskStandsStill: .inputOutput
@@ -176,6 +180,9 @@ enum Failure: Error {
     case .notAbove(let top, let image, let catalogue):
       "\(catalogue) says that \(image) goes on in \(top), which is not above it: remove \(catalogue), or name \(top) with --disk"
     case .saved(let error): "\(error)"
+    case .notMoved("cancelled", _): "the migration was cancelled; the machine goes on where it is"
+    case .notMoved(_, let reason): "the machine has not been moved: \(reason ?? "no reason is known")"
+    case .notArrived(let error): "no machine has come: \(error)"
     }
   }
 

@@ -23,13 +23,13 @@ final class MachineMonitor: MonitorTarget {
   /// Serves the machine on `--control`, and tells every client what happens to it.
   static func serve(
     _ machine: Machine, engine: String, disks: DiskControl?, agent: [QMPCommand], saver: MachineSaver,
-    hardening: LoaderHardening?, on text: String
+    migrations: MigrationControl, hardening: LoaderHardening?, on text: String
   ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
     do {
       let listener = try StreamListener(StreamEndpoint(text))
       let commands =
-        QMPCommand.standard + SaveCommands.all(saver)
+        QMPCommand.standard + SaveCommands.all(saver) + MigrationCommands.all(migrations)
         + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) + BackupCommands.all($0) } ?? [])
         + agent
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)
@@ -43,6 +43,7 @@ final class MachineMonitor: MonitorTarget {
       throw .control("\(error)")
     }
     disks?.connect { server.emit($0) }
+    migrations.connect { server.emit($0) }
     let isTold = Atomic<Bool>(false)
     machine.addListener { event in
       switch event {

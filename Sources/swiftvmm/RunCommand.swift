@@ -121,6 +121,10 @@ struct RunCommand: ParsableCommand {
   @Option(help: "Go on with a machine that 'swiftvmm save' wrote, with the same GUEST, options and disks.")
   var restore: String?
 
+  @Option(
+    help: "Wait for a machine that 'swiftvmm migrate' sends: unix:PATH or tcp:HOST:PORT; same GUEST and options.")
+  var incoming: String?
+
   @Flag(help: "With --restore: compare all of the saved memory with its checksums first.")
   var verify = false
 
@@ -143,6 +147,7 @@ struct RunCommand: ParsableCommand {
     if guest == nil && firmware == nil {
       throw ValidationError("name a GUEST, or give --firmware")
     }
+    if incoming != nil, restore != nil { throw ValidationError("--incoming and --restore exclude each other") }
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
     if keep != nil, snapshotEvery == nil { throw ValidationError("--keep needs --snapshot-every INTERVAL") }

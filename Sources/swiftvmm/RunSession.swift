@@ -7,11 +7,13 @@ import Host
 import JSON
 import LoaderHardening
 import Machine
+import Migration
 import Monitor
 import PlatformDevices
 import SavedMachine
 import SoftAccelerator
 import StateTree
+import Synchronization
 
 /// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
 struct RunSession {
@@ -66,7 +68,9 @@ struct RunSession {
     // Disks may come later, by the control socket.
     disks =
       options.disk.isEmpty && options.control == nil
-      ? nil : try RunDisks(options.disk, followsSnapshots: options.snapshotEvery != nil)
+      ? nil
+      : try RunDisks(
+        options.disk, followsSnapshots: options.snapshotEvery != nil, absent: options.incoming != nil)
     configuration.disks = disks?.configuration
     ports = options.agent ? disks.map { MachinePorts(thread: $0.thread, names: [AgentControl.portName]) } : nil
     configuration.ports = ports
@@ -124,9 +128,15 @@ struct RunSession {
     }
     let schedule = try Self.schedule(options, keeper, agent)
     let saver = MachineSaver(machine, engine: accelerator.name, disks: control, hasAgent: ports != nil)
+    let moving = MovingMachine(saver, agent: agent)
+    let migrations = MigrationControl(moving)
+    let incoming = try options.incoming.map { text throws(Failure) in
+      try IncomingMachine(moving, at: text, migrations)
+    }
+    if incoming != nil { machine.awaitState() }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
-        machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver,
+        machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver, migrations: migrations,
         hardening: hardening?.supervisor, on: text)
     }
     // Its commands use the disks.
@@ -140,7 +150,15 @@ struct RunSession {
     defer { bounds?.cancel() }
     let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
-    do { try machine.start(paused: options.paused, from: saved) } catch { throw .machine(error) }
+    let hasCome = Mutex<MigrationError?>(nil)
+    if let incoming {
+      try incoming.start { [machine] error in
+        hasCome.withLock { $0 = error }
+        machine.finish(.quit)
+      }
+    } else {
+      do { try machine.start(paused: options.paused, from: saved) } catch { throw .machine(error) }
+    }
     schedule?.start()
     let outcome = machine.waitUntilOver()
     timer.cancel()
@@ -157,6 +175,7 @@ struct RunSession {
     try? control?.exports.stop()
     try? control?.backups.stop()
     try disks?.close()
+    if let error = hasCome.withLock({ $0 }) { throw .notArrived(error) }
     return outcome.status
   }
 

@@ -13,7 +13,7 @@ struct SwiftVMM: ParsableCommand {
     subcommands: [
       RunCommand.self, GuestsCommand.self, HardenCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self,
       PauseCommand.self,
-      ResumeCommand.self, StopCommand.self, SaveCommand.self, DiskCommand.self, BackupCommand.self,
+      ResumeCommand.self, StopCommand.self, SaveCommand.self, MigrateCommand.self, DiskCommand.self, BackupCommand.self,
       RestoreBackupCommand.self, SnapshotsCommand.self, BenchCommand.self,
     ])
 

@@ -33,7 +33,9 @@ public final class LiveDisk: BlockNode {
   /// The top layer's size.
   public var size: UInt64 { top.node.size }
   /// Whether writes are refused.
-  public var isReadOnly: Bool { top.node.isReadOnly }
+  public var isReadOnly: Bool { absence.map { !$0.access.writable } ?? top.node.isReadOnly }
+  /// Its image is another process's for now, and is opened so when it comes back.
+  public internal(set) var absence: BlockGraph.Options?
 
   /// The state of the bytes as the top layer has it.
   public func extent(at offset: UInt64, length: UInt64) throws(BlockError) -> BlockExtent {

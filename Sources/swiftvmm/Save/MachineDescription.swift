@@ -76,8 +76,15 @@ struct MachineDescription: Equatable {
     }
   }
 
-  /// The first thing in which two machines differ.
-  func difference(from here: MachineDescription) -> (what: String, saved: String, here: String)? {
+  /// The first thing in which two machines differ. Where they are in two processes, the disks' files may have other names.
+  func difference(
+    from here: MachineDescription, comparesPaths: Bool = true
+  ) -> (what: String, saved: String, here: String)? {
+    guard comparesPaths else {
+      var other = here
+      for (index, disk) in disks.enumerated() where index < other.disks.count { other.disks[index].path = disk.path }
+      return difference(from: other)
+    }
     if engine != here.engine { return ("--engine", engine, here.engine) }
     if cpus != here.cpus { return ("--cpus", "\(cpus)", "\(here.cpus)") }
     if memory != here.memory { return ("--memory", "\(memory >> 10)K", "\(here.memory >> 10)K") }

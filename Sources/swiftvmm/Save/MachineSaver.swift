@@ -11,9 +11,9 @@ final class MachineSaver: Sendable {
   private static let nodeName = "saved"
   private static let version: UInt32 = 1
 
-  private let machine: Machine
+  let machine: Machine
   private let engine: String
-  private let disks: DiskControl?
+  let disks: DiskControl?
   private let hasAgent: Bool
 
   init(_ machine: Machine, engine: String, disks: DiskControl?, hasAgent: Bool) {
@@ -25,9 +25,8 @@ final class MachineSaver: Sendable {
 
   /// Saves the machine, which goes on afterwards, or ends where it `stops`. Returns how long it stood, too, in milliseconds.
   func save(to path: String, stops: Bool) throws(MonitorError) -> (SaveReport, pause: UInt64) {
-    // Which of its ports the guest has open is no part of the console's state.
-    guard !hasAgent else { throw .refused("a machine with --agent cannot be saved: start it without") }
-    let description = MachineDescription(machine, engine: engine, disks: disks?.disks)
+    try check()
+    let description = description
     let started = monotonicNanoseconds()
     let outcome: Result<SaveReport, SaveFailure>
     do {
@@ -50,6 +49,21 @@ final class MachineSaver: Sendable {
     }
     let pause = (monotonicNanoseconds() - started) / 1_000_000
     do { return (try outcome.get(), pause) } catch { throw .refused("\(error)") }
+  }
+
+  /// Refuses what has something that no state carries.
+  func check() throws(MonitorError) {
+    // Which of its ports the guest has open is no part of the console's state.
+    guard !hasAgent else { throw .refused("a machine with --agent cannot be saved: start it without") }
+  }
+
+  /// What the machine is made of.
+  var description: MachineDescription { MachineDescription(machine, engine: engine, disks: disks?.disks) }
+
+  /// Makes durable what the guest has written to its disks.
+  func flushDisks() throws(MonitorError) {
+    guard let disks else { return }
+    do { try Self.flush(disks) } catch { throw .refused("\(error)") }
   }
 
   private enum SaveFailure: Error, CustomStringConvertible {

@@ -1,0 +1,122 @@
+import Glibc
+import Host
+
+/// One connection of a migration, blocking; `shut` ends whatever waits on it, from any thread.
+public final class MigrationLink: @unchecked Sendable {
+  /// Seconds without any progress after which a link counts as cut.
+  public static let patience = 60
+
+  private let socket: FileDescriptor
+
+  /// A link over a connected stream socket.
+  public init(_ socket: consuming FileDescriptor, patience: Int = MigrationLink.patience) {
+    // Room for a few batches, so that the two sides work at the same time.
+    var size: Int32 = 4 << 20
+    for option in [SO_RCVBUF, SO_SNDBUF] {
+      setsockopt(socket.rawValue, SOL_SOCKET, option, &size, socklen_t(MemoryLayout<Int32>.size))
+    }
+    self.socket = socket
+    setPatience(patience)
+  }
+
+  /// Changes the seconds without any progress after which it counts as cut.
+  func setPatience(_ seconds: Int) {
+    var limit = timeval(tv_sec: seconds, tv_usec: 0)
+    for option in [SO_RCVTIMEO, SO_SNDTIMEO] {
+      setsockopt(socket.rawValue, SOL_SOCKET, option, &limit, socklen_t(MemoryLayout<timeval>.size))
+    }
+  }
+
+  /// Sends bytes that are no record.
+  func send(_ bytes: [UInt8]) throws(MigrationError) {
+    let outcome = bytes.withUnsafeBytes { buffer in
+      Result { () throws(MigrationError) in
+        if let start = buffer.baseAddress { try send(start, buffer.count) }
+      }
+    }
+    try outcome.get()
+  }
+
+  /// Connects.
+  public static func connect(_ endpoint: StreamEndpoint) throws(MigrationError) -> MigrationLink {
+    do { return MigrationLink(try endpoint.connect()) } catch { throw .host(error) }
+  }
+
+  /// Ends the connection for both directions.
+  public func shut() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
+
+  /// Sends all of the bytes.
+  func send(_ start: UnsafeRawPointer, _ count: Int) throws(MigrationError) {
+    var done = 0
+    while done < count {
+      let sent = Glibc.send(socket.rawValue, start + done, count - done, Int32(MSG_NOSIGNAL))
+      if sent < 0 {
+        switch errno {
+        case EINTR: continue
+        case EAGAIN: throw .stalled(seconds: Self.patience)
+        case EPIPE, ECONNRESET: throw .closed
+        default: throw .host(.systemCall("send", errno: errno))
+        }
+      }
+      done += sent
+    }
+  }
+
+  /// Receives exactly so many bytes.
+  func receive(_ start: UnsafeMutableRawPointer, _ count: Int) throws(MigrationError) {
+    var done = 0
+    while done < count {
+      let got = recv(socket.rawValue, start + done, count - done, 0)
+      if got < 0 {
+        switch errno {
+        case EINTR: continue
+        case EAGAIN: throw .stalled(seconds: Self.patience)
+        case ECONNRESET: throw .closed
+        default: throw .host(.systemCall("recv", errno: errno))
+        }
+      }
+      guard got > 0 else { throw .closed }
+      done += got
+    }
+  }
+
+  /// Sends a record.
+  func send(_ kind: MigrationRecord.Kind, _ payload: [UInt8] = []) throws(MigrationError) {
+    try send(MigrationRecord.header(kind, count: payload.count) + payload)
+  }
+
+  /// Receives the next record's kind and length, which its kind allows.
+  func receiveHeader() throws(MigrationError) -> (kind: MigrationRecord.Kind, count: Int) {
+    var words: (UInt32, UInt32) = (0, 0)
+    let outcome = withUnsafeMutableBytes(of: &words) { buffer in
+      Result { () throws(MigrationError) in
+        if let start = buffer.baseAddress { try receive(start, buffer.count) }
+      }
+    }
+    try outcome.get()
+    guard let kind = MigrationRecord.Kind(rawValue: UInt32(littleEndian: words.0)) else { throw .malformed(.record) }
+    let count = Int(UInt32(littleEndian: words.1))
+    guard count <= kind.limit else { throw .malformed(.record) }
+    return (kind, count)
+  }
+
+  /// Receives a payload.
+  func receive(count: Int) throws(MigrationError) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: count)
+    let outcome = bytes.withUnsafeMutableBytes { buffer in
+      Result { () throws(MigrationError) in
+        if let start = buffer.baseAddress { try receive(start, buffer.count) }
+      }
+    }
+    try outcome.get()
+    return bytes
+  }
+
+  /// Receives an answer of the destination; a refusal is thrown.
+  func receiveAnswer(_ wanted: MigrationRecord.Kind) throws(MigrationError) {
+    let (kind, count) = try receiveHeader()
+    let payload = try receive(count: count)
+    if kind == .refuse { throw .refused(String(decoding: payload, as: UTF8.self)) }
+    guard kind == wanted else { throw .malformed(.order) }
+  }
+}
