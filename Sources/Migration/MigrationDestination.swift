@@ -8,7 +8,7 @@ import Synchronization
 /// the source goes on.
 public final class MigrationDestination: @unchecked Sendable {
   /// How far it is.
-  public let progress = MigrationProgress()
+  public let progress: MigrationProgress
 
   private let machine: any ArrivingMachine
   private let listener: StreamListener
@@ -33,7 +33,11 @@ public final class MigrationDestination: @unchecked Sendable {
   private static let questionTime = 30
 
   /// A destination that listens.
-  public init(_ machine: any ArrivingMachine, on listener: consuming StreamListener) {
+  public init(
+    _ machine: any ArrivingMachine, on listener: consuming StreamListener,
+    onStatus: @escaping @Sendable (MigrationProgress.Status) -> Void = { _ in }
+  ) {
+    progress = MigrationProgress(onStatus)
     self.machine = machine
     self.listener = listener
   }

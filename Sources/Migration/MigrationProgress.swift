@@ -65,14 +65,22 @@ public final class MigrationProgress: Sendable {
   }
 
   private let state = Mutex(Snapshot())
+  private let onStatus: @Sendable (Status) -> Void
 
-  /// Nothing has begun.
-  public init() {}
+  /// Nothing has begun; `onStatus` is told of every change of the status, on the thread that causes it.
+  public init(_ onStatus: @escaping @Sendable (Status) -> Void = { _ in }) { self.onStatus = onStatus }
 
   /// As it is now.
   public var now: Snapshot { state.withLock { $0 } }
 
-  func update(_ body: (inout Snapshot) -> Void) { state.withLock { body(&$0) } }
+  func update(_ body: (inout Snapshot) -> Void) {
+    let changed = state.withLock { snapshot -> Status? in
+      let before = snapshot.status
+      body(&snapshot)
+      return snapshot.status == before ? nil : snapshot.status
+    }
+    if let changed { onStatus(changed) }
+  }
 
   /// How it ended.
   public func end(_ error: MigrationError?) {

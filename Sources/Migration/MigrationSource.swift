@@ -12,7 +12,7 @@ import Synchronization
 /// goes wrong before, the machine goes on here.
 public final class MigrationSource: Sendable {
   /// How far it is.
-  public let progress = MigrationProgress()
+  public let progress: MigrationProgress
 
   private let machine: any MigratingMachine
   private let endpoint: StreamEndpoint
@@ -28,11 +28,16 @@ public final class MigrationSource: Sendable {
   }
 
   /// A migration that has not begun.
-  public init(_ machine: any MigratingMachine, to endpoint: StreamEndpoint, _ parameters: MigrationParameters) {
+  public init(
+    _ machine: any MigratingMachine, to endpoint: StreamEndpoint, _ parameters: MigrationParameters,
+    onStatus: @escaping @Sendable (MigrationProgress.Status) -> Void = { _ in }
+  ) {
+    progress = MigrationProgress(onStatus)
     self.machine = machine
     self.endpoint = endpoint
     self.parameters = parameters
     session = SIMD2(UInt64.random(in: .min ... .max), UInt64.random(in: .min ... .max))
+    progress.update { $0.status = .setup }
   }
 
   /// Ends the migration where it is, unless the destination may have the machine already; tells which.
@@ -49,7 +54,6 @@ public final class MigrationSource: Sendable {
   public func run() throws(MigrationError) {
     let started = monotonicNanoseconds()
     progress.update {
-      $0.status = .setup
       $0.order = parameters.order
       $0.memory = machine.memory.size
     }

@@ -38,6 +38,9 @@ final class RunningVMM {
     if process.isRunning { process.terminate() }
   }
 
+  /// Whether its process has not ended.
+  var isRunning: Bool { process.isRunning }
+
   /// What it has printed so far.
   var text: String { collected.text }
 
@@ -136,7 +139,7 @@ private final class QMP {
       }
     }
     // A machine that does not answer ends the test, not the test run.
-    var limit = timeval(tv_sec: 120, tv_usec: 0)
+    var limit = timeval(tv_sec: 60, tv_usec: 0)
     setsockopt(descriptor, SOL_SOCKET, SO_RCVTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
     guard status == 0, message() != nil else { return nil }
     _ = execute("qmp_capabilities", [:])

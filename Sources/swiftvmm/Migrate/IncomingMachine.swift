@@ -7,16 +7,16 @@ import Monitor
 /// `run --incoming`: waits for a machine, which then runs here.
 final class IncomingMachine: Sendable {
   private let destination: MigrationDestination
-  private let control: MigrationControl
 
   /// Listens.
   init(_ machine: MovingMachine, at text: String, _ control: MigrationControl) throws(Failure) {
     do throws(HostError) {
-      destination = MigrationDestination(machine, on: try StreamListener(StreamEndpoint(text)))
+      destination = MigrationDestination(machine, on: try StreamListener(StreamEndpoint(text))) {
+        control.tell($0)
+      }
     } catch {
       throw .host(error)
     }
-    self.control = control
     control.follow(destination.progress)
   }
 
@@ -29,7 +29,6 @@ final class IncomingMachine: Sendable {
         } catch {
           failed(error)
         }
-        control.tell(destination.progress.now.status)
       }
     } catch {
       throw .host(error)

@@ -40,10 +40,10 @@ final class MigrationControl: Sendable {
     let endpoint: StreamEndpoint
     do { endpoint = try StreamEndpoint(text) } catch { throw .refused("\(error)") }
     let source = try state.withLock { state throws(MonitorError) in
-      if let source = state.source, [.none, .setup, .active, .device].contains(source.progress.now.status) {
+      if let source = state.source, [.setup, .active, .device].contains(source.progress.now.status) {
         throw .refused("There's a migration process in progress")
       }
-      let source = MigrationSource(machine, to: endpoint, state.parameters)
+      let source = MigrationSource(machine, to: endpoint, state.parameters) { [weak self] in self?.tell($0) }
       state.source = source
       return source
     }
@@ -56,14 +56,12 @@ final class MigrationControl: Sendable {
   }
 
   private func move(_ source: MigrationSource) {
-    tell(.setup)
     do throws(MigrationError) {
       try source.run()
     } catch {
       if case .unknownOutcome = error { state.withLock { $0.isUnknown = true } }
       if error != .cancelled { printError("swiftvmm: \(error)") }
     }
-    tell(source.progress.now.status)
   }
 
   /// Ends a migration, unless the destination may have the machine already.

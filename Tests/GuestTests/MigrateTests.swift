@@ -1,0 +1,327 @@
+import Foundation
+import Testing
+
+/// Machines that move to another process while their guests run. `SWIFTVMM_MOVES` and `SWIFTVMM_KILLS` set how often.
+@Suite(
+  .enabled(
+    if: VMM.isBuilt && access("/usr/bin/qemu-img", X_OK) == 0,
+    "needs the release build, scripts/build-guests and qemu-utils"), .serialized)
+struct MigrateTests {
+  static let engines: [String] = VMM.hasKVM ? ["soft", "kvm"] : ["soft"]
+  private static let moves = ProcessInfo.processInfo.environment["SWIFTVMM_MOVES"].flatMap { Int($0) } ?? 4
+  private static let kills = ProcessInfo.processInfo.environment["SWIFTVMM_KILLS"].flatMap { Int($0) } ?? 6
+  /// In turns: order, links, level of zstd.
+  private static let ways = [("classed", 2, 0), ("linear", 1, 0), ("hot-last", 4, 3)]
+
+  private func dirty(_ engine: String, cpus: Int, memory: String = "96M") -> [String] {
+    [
+      "dirty", "--engine", engine, "--cpus", "\(cpus)", "--memory", memory, "--time-limit", "600", "--append",
+      "set=16 fill=16 readonly=4 free=4 reuse=50 pattern=hot seconds=0 jump=20000 skew=20000",
+    ]
+  }
+
+  /// Starts a destination for a machine that was started with `arguments`.
+  private func destination(_ arguments: [String], at uri: String) throws -> RunningVMM {
+    try RunningVMM(arguments + ["--incoming", uri])
+  }
+
+  private func set(_ machine: RunningVMM, _ way: (order: String, links: Int, level: Int)) throws {
+    try machine.execute(
+      "migrate-set-parameters",
+      [
+        "x-swiftvmm-order": way.order, "multifd-channels": way.links,
+        "multifd-compression": way.level > 0 ? "zstd" : "none",
+      ])
+  }
+
+  /// Begins a move and waits for its end; returns `query-migrate`'s result.
+  private func move(_ machine: RunningVMM, to uri: String) throws -> [String: Any] {
+    try machine.execute("migrate", ["uri": uri])
+    while true {
+      let state = try #require(try machine.execute("query-migrate") as? [String: Any])
+      let status = state["status"] as? String ?? "none"
+      if ["completed", "failed", "cancelled"].contains(status) { return state }
+      guard ["setup", "active", "device"].contains(status) else { return state }
+      usleep(5000)
+    }
+  }
+
+  private func passes(_ machine: RunningVMM) -> Int { machine.text.components(separatedBy: "dirty: pass").count - 1 }
+
+  /// Checksums and clocks of the guest are right after every move, there and back.
+  @Test(arguments: engines, [1, 2])
+  func aBusyGuestMovesBackAndForth(engine: String, cpus: Int) throws {
+    let folder = try TemporaryFolder()
+    let arguments = dirty(engine, cpus: cpus)
+    var machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    for index in 0..<Self.moves {
+      let uri = index % 2 == 0 ? "unix:\(folder.path)/move" : "tcp:127.0.0.1:\(try freePort())"
+      let next = try destination(arguments, at: uri)
+      let waiting = try #require(try next.execute("query-status") as? [String: Any])
+      #expect(waiting["status"] as? String == "inmigrate")
+      try set(machine, Self.ways[index % Self.ways.count])
+      let result = try move(machine, to: uri)
+      try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
+      let there = try #require(try machine.execute("query-status") as? [String: Any])
+      #expect(there["status"] as? String == "postmigrate")
+      #expect(next.waitFor("dirty: pass", count: 2), "move \(index): \(next.text)")
+      #expect(!next.text.contains("FAIL"), "move \(index): \(next.text)")
+      let before = passes(machine)
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+      // It has not run on where it was.
+      #expect(passes(machine) == before)
+      machine = next
+    }
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+  }
+
+  /// What a guest has written to its disk, and was told so, is there after every move.
+  @Test(arguments: engines, [1, 2])
+  func aWritingGuestMovesWithItsDisk(engine: String, cpus: Int) throws {
+    let folder = try TemporaryFolder()
+    let disk = folder.path + "/disk.qcow2"
+    try #require(try hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", disk, "32M").status == 0)
+    let records = "records=200 flush=10 sectors=16"
+    let arguments = [
+      "disk", "--engine", engine, "--cpus", "\(cpus)", "--memory", "64M", "--time-limit", "600", "--disk", disk,
+      "--append", "mode=rewrite passes=100000 \(records) queue=\(cpus == 1 ? "split" : "packed")",
+    ]
+    var machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    for index in 0..<Self.moves {
+      let uri = "unix:\(folder.path)/move\(index)"
+      let next = try destination(arguments, at: uri)
+      try set(machine, Self.ways[index % Self.ways.count])
+      let result = try move(machine, to: uri)
+      try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
+      #expect(next.waitFor("flushed", count: 20), "move \(index): \(next.text)")
+      #expect(!next.text.contains("FAIL"), "move \(index): \(next.text)")
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0)
+      machine = next
+    }
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(2000))")
+    try verify(disk, machine.text, records)
+  }
+
+  /// Every record that the guest says is flushed is on the disk.
+  private func verify(_ disk: String, _ text: String, _ records: String) throws {
+    #expect(try hostTool("qemu-img", "check", disk).status == 0)
+    let flushed = text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+      .last { $0.hasPrefix("flushed") }
+    let words = try #require(flushed).split(separator: " ")
+    let verified = try VMM.run([
+      "run", "disk", "--engine", "soft", "--disk", disk, "--append",
+      "mode=verify \(records) expect=\(words[1]) generation=\(words[3])",
+    ])
+    #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")
+  }
+
+  /// A machine that stands still arrives byte for byte, and stands still there; what the trace says was sent is all there is.
+  @Test(arguments: engines)
+  func memoryArrivesAsItWas(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let arguments = dirty(engine, cpus: 1, memory: "64M")
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    try machine.execute("stop")
+    try machine.execute("x-swiftvmm-save", ["file": folder.path + "/here"])
+    let uri = "unix:\(folder.path)/move"
+    let next = try destination(arguments, at: uri)
+    try machine.execute("migrate-set-parameters", ["x-swiftvmm-trace": folder.path + "/trace"])
+    let result = try move(machine, to: uri)
+    try #require(result["status"] as? String == "completed", "\(result)")
+    let status = try #require(try next.execute("query-status") as? [String: Any])
+    #expect(status["status"] as? String == "paused")
+    try next.execute("x-swiftvmm-save", ["file": folder.path + "/there"])
+    let here = try memory(folder.path + "/here")
+    let there = try memory(folder.path + "/there")
+    #expect(here.count == 64 << 20)
+    #expect(here == there)
+    let trace = try MigrationTraceReader(folder.path + "/trace", pages: here.count / 4096)
+    #expect(trace.firstRoundIsInOrder)
+    #expect(trace.sent.count == here.count / 4096 && !trace.sent.contains(0))
+    try next.execute("cont")
+    #expect(next.waitFor("dirty: pass", count: 1), "\(next.text)")
+    #expect(!next.text.contains("FAIL"), "\(next.text)")
+  }
+
+  /// RAM in a saved machine's file: docs/state.md.
+  private func memory(_ path: String) throws -> Data {
+    let data = try Data(contentsOf: URL(fileURLWithPath: path))
+    func number(_ place: Int) -> Int { (0..<8).reduce(0) { $0 | Int(data[place + $1]) << ($1 * 8) } }
+    return data[number(48)..<number(48) + number(56)]
+  }
+
+  /// Whatever cannot go is refused, and the machine goes on where it is.
+  @Test(arguments: engines)
+  func refusalsLeaveTheMachine(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let machine = try RunningVMM(dirty(engine, cpus: 1))
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    let nonsense = try machine.refusal("migrate", ["uri": "nonsense"])
+    #expect(nonsense.contains("is neither unix:PATH nor HOST:PORT"), "\(nonsense)")
+    let nobody = try move(machine, to: "unix:\(folder.path)/nobody")
+    #expect((nobody["error-desc"] as? String)?.contains("No such file") == true, "\(nobody)")
+    let uri = "unix:\(folder.path)/move"
+    let other = try destination(dirty(engine, cpus: 2), at: uri)
+    let refused = try move(machine, to: uri)
+    let reason = refused["error-desc"] as? String ?? ""
+    #expect(reason.contains("the machine has --cpus 1, and the destination 2"), "\(refused)")
+    #expect(other.waitUntilExit() == 74)
+    #expect(other.text.contains("no machine has come: the machine has --cpus 1"), "\(other.text)")
+    let before = passes(machine)
+    #expect(machine.waitFor("dirty: pass", count: before + 2), "\(machine.text)")
+    #expect(!machine.text.contains("FAIL"), "\(machine.text)")
+  }
+
+  /// A cancelled migration leaves the machine where it is, and it can be moved then.
+  @Test(arguments: engines)
+  func aCancelledMoveCanBeTriedAgain(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let arguments = dirty(engine, cpus: 1)
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    let uri = "unix:\(folder.path)/move"
+    let first = try destination(arguments, at: uri)
+    try machine.execute("migrate-set-parameters", ["max-bandwidth": 1 << 20])
+    try machine.execute("migrate", ["uri": uri])
+    _ = try machine.event("MIGRATION") { $0["status"] as? String == "active" }
+    let busy = try machine.refusal("migrate", ["uri": uri])
+    #expect(busy.contains("migration process in progress"))
+    try machine.execute("migrate_cancel")
+    _ = try machine.event("MIGRATION") { $0["status"] as? String == "cancelled" }
+    #expect(first.waitUntilExit() == 74)
+    let second = try destination(arguments, at: uri)
+    try machine.execute("migrate-set-parameters", ["max-bandwidth": 0])
+    let result = try move(machine, to: uri)
+    try #require(result["status"] as? String == "completed", "\(result)")
+    #expect(second.waitFor("dirty: pass", count: 2), "\(second.text)")
+    #expect(!second.text.contains("FAIL"), "\(second.text)")
+  }
+
+  /// kill -9 of either side at any moment: the disk belongs to exactly one machine, which goes on, or was the one that was
+  /// killed; nothing that was flushed is lost.
+  @Test(arguments: engines)
+  func eitherSideMayBeKilled(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let disk = folder.path + "/disk.qcow2"
+    let records = "records=200 flush=10 sectors=16"
+    let arguments = [
+      "disk", "--engine", engine, "--memory", "64M", "--time-limit", "600", "--disk", disk,
+      "--append", "mode=rewrite passes=100000 \(records)",
+    ]
+    var ends: [String: Int] = [:]
+    var longest: Double = 0.05
+    for index in 0..<Self.kills {
+      try? FileManager.default.removeItem(atPath: disk)
+      try #require(try hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", disk, "32M").status == 0)
+      let machine = try RunningVMM(arguments)
+      #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+      let uri = "unix:\(folder.path)/move\(index)"
+      let next = try destination(arguments, at: uri)
+      let killsSource = index % 2 == 0
+      let began = Date()
+      try machine.execute("migrate", ["uri": uri])
+      // The first ones find out how long a migration takes; the others are cut anywhere in it, and a little after it.
+      if index < 2 {
+        while ["setup", "active", "device"].contains(status(machine)) { usleep(500) }
+        longest = max(0.01, Date().timeIntervalSince(began))
+      } else {
+        usleep(UInt32(Double.random(in: 0..<1.2) * longest * 1e6))
+      }
+      (killsSource ? machine : next).kill()
+      let end: String
+      if killsSource {
+        // Either the destination has it, or the machine is gone with its process.
+        usleep(300_000)
+        let state = next.isRunning ? (try? next.execute("query-status") as? [String: Any])?["status"] as? String : nil
+        if state == "running" {
+          #expect(next.waitFor("flushed", count: 10), "\(next.text)")
+          end = "moved"
+        } else {
+          #expect(next.waitUntilExit() == 74, "\(next.text)")
+          #expect(!next.text.contains("flushed"), "\(next.text)")
+          end = "lost with its process"
+        }
+      } else {
+        while ["setup", "active", "device"].contains(status(machine)) { usleep(5000) }
+        if status(machine) == "completed" {
+          let state = try #require(try machine.execute("query-status") as? [String: Any])
+          #expect(state["status"] as? String == "postmigrate")
+          end = "moved, and killed there"
+        } else {
+          let state = try #require(try machine.execute("query-status") as? [String: Any])
+          #expect(state["status"] as? String == "running", "\(machine.text)")
+          let count = machine.text.components(separatedBy: "flushed").count
+          #expect(machine.waitFor("flushed", count: count + 10), "\(machine.text.suffix(500))")
+          end = "kept"
+        }
+      }
+      ends[end, default: 0] += 1
+      machine.kill()
+      next.kill()
+      let last = next.text.contains("flushed") ? machine.text + next.text : machine.text
+      try verify(disk, last, records)
+    }
+    print("\(engine): after \(Self.kills) kills: \(ends)")
+    #expect(ends.values.reduce(0, +) == Self.kills)
+  }
+
+  private func status(_ machine: RunningVMM) -> String {
+    ((try? machine.execute("query-migrate") as? [String: Any])?["status"] as? String) ?? "none"
+  }
+
+  private func freePort() throws -> UInt16 {
+    let descriptor = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
+    defer { close(descriptor) }
+    var address = sockaddr_in()
+    address.sin_family = sa_family_t(AF_INET)
+    address.sin_addr.s_addr = UInt32(0x7f00_0001).bigEndian
+    var length = socklen_t(MemoryLayout<sockaddr_in>.size)
+    let status = withUnsafeMutablePointer(to: &address) {
+      $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+        bind(descriptor, $0, length) == 0 ? getsockname(descriptor, $0, &length) : -1
+      }
+    }
+    try #require(status == 0)
+    return UInt16(bigEndian: address.sin_port)
+  }
+}
+
+/// Reads a trace on its own account: what was sent how often, and in which order.
+struct MigrationTraceReader {
+  private struct Line: Decodable {
+    let round: Int
+    let iteration: Int
+    let first: Int
+    let count: Int
+    let `class`: String
+  }
+
+  /// How often each page was sent.
+  private(set) var sent: [Int]
+  /// The first round's iterations rise, and each has the classes that docs/migration.md says.
+  private(set) var firstRoundIsInOrder = true
+
+  init(_ path: String, pages: Int) throws {
+    sent = [Int](repeating: 0, count: pages)
+    let classes = [1: ["readOnly"], 2: ["prioritized"], 3: ["other", "deprioritized"]]
+    var last = (iteration: 0, isDeprioritized: false)
+    for line in try String(contentsOfFile: path, encoding: .utf8).split(separator: "\n") {
+      let run = try JSONDecoder().decode(Line.self, from: Data(line.utf8))
+      for page in run.first..<run.first + run.count { sent[page] += 1 }
+      guard run.round == 1 else { continue }
+      let isDeprioritized = run.class == "deprioritized"
+      let isRight =
+        run.iteration >= last.iteration && classes[run.iteration]?.contains(run.class) == true
+        && !(last.isDeprioritized && run.iteration == last.iteration && !isDeprioritized)
+      if !isRight { firstRoundIsInOrder = false }
+      last = (run.iteration, isDeprioritized)
+    }
+  }
+}
