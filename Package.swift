@@ -145,6 +145,7 @@ let package = Package(
     tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
     tests("PageClassesTests", ["GuestMemory", "MemoryViews", "PageClasses"]),
     tests("StateTreeTests", ["StateTree"]),
+    tests("MigrationTests", ["GuestMemory", "Host", "MemoryViews", "Migration", "PageClasses", "StateTree"]),
     tests("SavedMachineTests", ["GuestMemory", "Host", "SavedMachine", "StateTree"]),
     tests("JSONTests", ["JSON"]),
     tests("X86Tests", ["X86"]),

@@ -149,7 +149,7 @@ public final class MigrationSource: Sendable {
     later.formUnion(try machine.takeDirtyPages())
     progress.update {
       $0.classes = classes.counts
-      $0.ignored = isLinear ? 0 : classes.counts[.ignored] ?? 0
+      $0.ignored = parameters.order == ClassedOrder.name ? classes.counts[.ignored] ?? 0 : 0
     }
     finish(round, sender, later, throttle: 0)
     return later
