@@ -169,12 +169,11 @@ extension Processor {
     }
     let isMMX = i.operands[0].register.class == .mmx
     let count = isMMX ? 8 : 16
-    let start = general[7]
+    let start = general[7] & Self.mask(i.addressSize)
     // All bytes are checked before one is stored.
     for isStore in [false, true] {
       for index in 0..<count where mask.load(fromByteOffset: index, as: UInt8.self) & 0x80 != 0 {
-        let offset = (start &+ UInt64(index)) & Self.mask(i.addressSize)
-        let linear = try linear(Int(i.segment.index), offset, size: 1, isWrite: true)
+        let linear = try linear(Int(i.segment.index), start &+ UInt64(index), size: 1, isWrite: true)
         if isStore {
           try store(data.load(fromByteOffset: index, as: UInt8.self), linear)
         } else {
@@ -196,8 +195,8 @@ extension Processor {
     let data = isStore ? soft_vector(cpu, Int(i.operands[2].register.index)) : buffer
     for isTransfer in isStore ? [false, true] : [true] {
       for index in 0..<count where mask.load(fromByteOffset: index * size + size - 1, as: UInt8.self) & 0x80 != 0 {
-        let offset = (start &+ UInt64(index * size)) & Self.mask(i.addressSize)
-        let linear = try linear(Int(i.segment.index), offset, size: size, isWrite: isStore)
+        // An operand that begins at the end of what its addresses reach goes on beyond.
+        let linear = try linear(Int(i.segment.index), start &+ UInt64(index * size), size: size, isWrite: isStore)
         if !isTransfer {
           try checkWrite(linear, count: size)
         } else if isStore {

@@ -79,6 +79,9 @@ enum Freedom {
     // Whether bytes that are not written fault is the processor's own (SDM vol. 2, MASKMOVQ); AMD's fault comes after
     // x87's state has become MMX's.
     case .maskmovq, .maskmovdqu, .vmaskmovdqu: return memory.contains(native)
+    // AMD's newer processors hold the whole operand against the segment's limit, without a look at the mask.
+    case .vmaskmovps, .vmaskmovpd, .vpmaskmovd, .vpmaskmovq:
+      return i.mode == .code32 && (native == 12 || native == 13)
     // AMD looks at the destination before it knows that an unmasked exception keeps it from being written.
     case .fst, .fstp, .fist, .fistp, .fisttp, .fbstp:
       return bothFault || soft == 1 && memory.contains(native)
