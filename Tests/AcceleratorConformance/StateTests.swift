@@ -112,6 +112,44 @@ import Testing
     #expect(reference.memory[0x2040..<0x2048].reversed().reduce(0) { $0 << 8 | UInt64($1) } == iterations)
   }
 
+  /// A program's breakpoint comes exactly once, wherever the machine is moved.
+  @Test(arguments: AcceleratorUnderTest.catalogue)
+  func moveWithBreakpoints(_ subject: AcceleratorUnderTest) throws {
+    var machine = try TestMachine(subject)
+    let count: UInt64 = 20_000
+    try machine.setHandler(3, "handler_breakpoint", isForUsers: true)
+    try machine.start("breakpoints", .user) {
+      $0.rdi = TestMachine.data
+      $0.rax = 0
+      $0.rcx = count
+    }
+    var moves: UInt32 = 0
+    // The first comes before the run, so that there is one.
+    machine.vcpu.kick()
+    while true {
+      let vcpu = machine.vcpu
+      let delay = moves % 50
+      let kicker =
+        (1..<200).contains(moves)
+        ? try HostThread(name: "kicker") {
+          usleep(delay)
+          vcpu.kick()
+        } : nil
+      let event = try machine.next()
+      kicker?.join()
+      guard event == .interrupted else {
+        #expect(event == .done)
+        break
+      }
+      moves += 1
+      machine = try moved(machine, subject)
+    }
+    #expect(moves > 0)
+    #expect(try machine.vcpu.readRegisters().rax == count)
+    let handled = try machine.read(TestMachine.data, as: UInt64.self)
+    #expect(handled == count, "after \(moves) moves")
+  }
+
   @Test(arguments: AcceleratorUnderTest.catalogue)
   func areReadAsTheyWereWritten(_ subject: AcceleratorUnderTest) throws {
     let machine = try TestMachine(subject)

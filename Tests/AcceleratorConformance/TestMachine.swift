@@ -93,14 +93,14 @@ final class TestMachine {
   }
 
   /// Makes `guest` the handler of a vector.
-  func setHandler(_ vector: Int, _ guest: String) throws {
+  func setHandler(_ vector: Int, _ guest: String, isForUsers: Bool = false) throws {
     let address = 0xb000 + UInt64(vector) * 64
     try load(guest, at: address)
-    try setGate(vector, to: address)
+    try setGate(vector, to: address, type: isForUsers ? 0xee00 : 0x8e00)
   }
 
-  private func setGate(_ vector: Int, to address: UInt64) throws {
-    let low = address & 0xffff | 8 << 16 | 0x8e00 << 32 | (address >> 16 & 0xffff) << 48
+  private func setGate(_ vector: Int, to address: UInt64, type: UInt64 = 0x8e00) throws {
+    let low = address & 0xffff | 8 << 16 | type << 32 | (address >> 16 & 0xffff) << 48
     try write(low, to: 0x6000 + UInt64(vector) * 16)
     try write(address >> 32, to: 0x6008 + UInt64(vector) * 16)
   }

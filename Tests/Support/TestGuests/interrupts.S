@@ -19,6 +19,19 @@ GUEST handler
   iretq
 END handler
 
+// Counts at [RDI] what `breakpoints` raises, RCX of them.
+GUEST handler_breakpoint
+  inc qword ptr [rdi]
+  iretq
+END handler_breakpoint
+
+GUEST breakpoints
+1: inc rax
+  int3
+  cmp rax, rcx
+  jne 1b
+END breakpoints
+
 GUEST handler_pic
   mov al, 0x20
   out 0x20, al
