@@ -53,6 +53,10 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
   /// A disk whose writes a backup leads beside it cannot have its layers changed by others.
   case diskIsBackedUp(String)
   case noJob(String)
+  /// The copy of a disk has ended.
+  case noMirror(String)
+  /// The copy of a disk is not in step with it yet.
+  case mirrorNotReady(String)
   /// A job cannot do that now.
   case jobState(String, String)
   /// The host can give no I/O queue.
@@ -93,6 +97,9 @@ public enum BlockError: Error, Equatable, CustomStringConvertible {
     case .diskIsBackedUp(let disk):
       "the disk \(disk) is being backed up, and its layers stay as they are until then; wait for the backup's end or cancel it"
     case .diskHasJob(let disk, let job): "the disk \(disk) has a job, \(job); wait for its end or cancel it"
+    case .noMirror(let disk): "the copy of the disk \(disk) has ended before its machine could leave; begin it anew"
+    case .mirrorNotReady(let disk):
+      "the copy of the disk \(disk) is not ready; wait for its job's event BLOCK_JOB_READY"
     case .noJob(let id): "Job '\(id)' not found"
     case .jobState(let id, let status): "the job \(id) is \(status) and cannot do that now"
     case .queue(let error): "\(error)"

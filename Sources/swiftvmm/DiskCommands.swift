@@ -19,11 +19,11 @@ enum DiskCommands {
       QMPCommand(
         "blockdev-add",
         [
-          .required("driver", .enumeration("BlockdevDriver", values: ["file", "qcow2", "raw"])),
+          .required("driver", .enumeration("BlockdevDriver", values: ["file", "nbd", "qcow2", "raw"])),
           .required("node-name", .string), .optional("read-only", .bool), .optional("auto-read-only", .bool),
           .optional("discard", .string), .optional("detect-zeroes", .string), .optional("cache", cache),
           .optional("aio", .string), .optional("locking", .string), .optional("filename", .string),
-          .optional("file", .any), .optional("backing", .any),
+          .optional("file", .any), .optional("backing", .any), .optional("server", .any), .optional("export", .string),
         ]
       ) { _, arguments throws(MonitorError) in
         let isFile = arguments.text("driver") == "file"
@@ -55,6 +55,7 @@ enum DiskCommands {
         try control.wait { graph, done in
           do throws(BlockError) {
             let disk = try graph.disk(name)
+            try graph.requireNoMirror(of: disk)
             disk.hold {
               var failure: BlockError?
               do throws(BlockError) { try disk.resize(to: size, on: graph.queue) } catch { failure = error }
@@ -75,18 +76,16 @@ enum DiskCommands {
   ) throws(MonitorError) -> BlockGraph.Options {
     let driver = arguments.text("driver")
     var options: BlockGraph.Options
-    if driver == "file" {
-      guard let path = arguments["filename"]?.stringValue else { throw .parameterMissing("filename") }
-      options = BlockGraph.Options(path: path, access: FileAccess(writable: true))
+    if driver == "file" || driver == "nbd" {
+      options = BlockGraph.Options(path: try path(driver, arguments), access: FileAccess(writable: true))
+      if driver == "nbd" { options.format = .raw }
     } else {
       switch arguments["file"] {
       case .string(let name): options = try control.file(name)
       case .object(let file):
-        guard let path = file["filename"]?.stringValue else { throw .parameterMissing("file.filename") }
-        if let driver = file["driver"]?.stringValue, driver != "file" {
-          throw .parameterValue("file.driver", value: driver)
-        }
-        options = BlockGraph.Options(path: path, access: FileAccess(writable: true))
+        let driver = file["driver"]?.stringValue ?? "file"
+        guard driver == "file" || driver == "nbd" else { throw .parameterValue("file.driver", value: driver) }
+        options = BlockGraph.Options(path: try path(driver, file, "file."), access: FileAccess(writable: true))
         apply(file, to: &options)
       default: throw .parameterMissing("file")
       }
@@ -101,6 +100,19 @@ enum DiskCommands {
     default: throw .parameterType("backing", expected: "a node name or null")
     }
     return options
+  }
+
+  /// The file that a protocol's driver means: a path, or an export's URI.
+  private static func path(
+    _ driver: String, _ arguments: JSONObject, _ prefix: String = ""
+  ) throws(MonitorError) -> String {
+    guard driver == "nbd" else {
+      if let path = arguments["filename"]?.stringValue { return path }
+      throw .parameterMissing("\(prefix)filename")
+    }
+    guard let server = arguments["server"]?.objectValue else { throw .parameterMissing("\(prefix)server") }
+    let endpoint = try ExportCommands.endpoint(server, type: server.text("type"), "\(prefix)server.")
+    return "\(NBDURI(endpoint, export: arguments.text("export")))"
   }
 
   private static func apply(_ arguments: JSONObject, to options: inout BlockGraph.Options) {

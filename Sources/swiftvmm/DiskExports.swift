@@ -26,6 +26,8 @@ final class DiskExports: @unchecked Sendable {
   // These are the disks' thread's.
   private var server: NBDServer?
   private var entries: [Entry] = []
+  /// It listens only until the disks are filled. Set before the machine comes.
+  private var isForFilling = false
 
   init(_ control: DiskControl) { self.control = control }
 
@@ -52,7 +54,7 @@ final class DiskExports: @unchecked Sendable {
       guard let server else { throw .notRunning }
       guard !entries.contains(where: { $0.request.id == request.id }) else { throw .idTaken(request.id) }
       do {
-        let top = try graph.node(request.node)
+        let top = try Self.layer(request, graph)
         // Below a disk, clients see what the guest sees, whatever layers come and go.
         let disk = graph.disks.values.first { $0.top === top }
         if request.isWritable, top.node.isReadOnly { throw BlockError.readOnly(path: top.path) }
@@ -69,6 +71,37 @@ final class DiskExports: @unchecked Sendable {
         throw .failed("\(error)")
       }
     }
+  }
+
+  /// What is to be offered. Who may write to a disk whose machine is still to come fills its image.
+  private static func layer(_ request: Request, _ graph: BlockGraph) throws(BlockError) -> LiveNode {
+    if request.isWritable, let disk = graph.disks[request.node], disk.absence != nil { return try graph.fill(disk) }
+    return try graph.node(request.node)
+  }
+
+  /// Offers every disk that a machine on its way here writes to, to be filled, until that machine comes.
+  func startFilling(_ endpoint: StreamEndpoint) throws(MonitorError) {
+    try start(endpoint, clientLimit: 0)
+    isForFilling = true
+    let names = try run { graph in graph.disks.values.filter { !$0.isReadOnly }.map(\.name) }
+    for name in names {
+      var request = Request(id: name, node: name, name: name)
+      request.isWritable = true
+      try add(request)
+    }
+  }
+
+  /// The machine is about to have its disks: nobody else may write to them any more.
+  func endFilling() throws(MonitorError) {
+    try run { [self] graph in
+      let filled = graph.disks.values.compactMap(\.filled)
+      while let index = entries.firstIndex(where: { entry in filled.contains { $0 === entry.layer } }) {
+        remove(at: index, graph)
+      }
+    }
+    guard isForFilling else { return }
+    isForFilling = false
+    try stop()
   }
 
   /// A bitmap of a layer or of the first one below that has it, as QEMU looks for them.

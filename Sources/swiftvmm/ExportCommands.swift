@@ -90,10 +90,16 @@ enum ExportCommands {
     guard let data = address["data"]?.objectValue else {
       throw .parameterType("addr.data", expected: "object")
     }
-    let keys = address.text("type") == "unix" ? ["path"] : ["host", "port"]
-    for key in keys where data[key]?.stringValue == nil { throw .parameterMissing("addr.data.\(key)") }
+    return try endpoint(data, type: address.text("type"), "addr.data.")
+  }
+
+  /// What a `SocketAddress` means; `prefix` is where it stands among the arguments.
+  static func endpoint(_ data: JSONObject, type: String, _ prefix: String) throws(MonitorError) -> StreamEndpoint {
+    guard type == "unix" || type == "inet" else { throw .parameterValue("\(prefix)type", value: type) }
+    let keys = type == "unix" ? ["path"] : ["host", "port"]
+    for key in keys where data[key]?.stringValue == nil { throw .parameterMissing("\(prefix)\(key)") }
     do throws(HostError) {
-      if address.text("type") == "unix" { return try StreamEndpoint("unix:" + data.text("path")) }
+      if type == "unix" { return try StreamEndpoint("unix:" + data.text("path")) }
       let host = data.text("host")
       return try StreamEndpoint("tcp:" + (host.contains(":") ? "[\(host)]" : host) + ":" + data.text("port"))
     } catch {

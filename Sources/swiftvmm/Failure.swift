@@ -57,6 +57,7 @@ enum Failure: Error {
   case backup(BackupFault)
   case notMoved(status: String, reason: String?)
   case notArrived(MigrationError)
+  case notCopied(disk: String, reason: String?)
 
   /// What a call that may fail in several ways has thrown.
   init(_ error: any Error) {
@@ -88,7 +89,7 @@ enum Failure: Error {
     case .disk(let error): Self.status(error)
     case .backup(let fault): fault.status
     case .saved: .badInput
-    case .notMoved, .notArrived: .inputOutput
+    case .notMoved, .notArrived, .notCopied: .inputOutput
     case .engineMissing: .unavailable
     case .host(.endpoint), .host(.socketPathTooLong): .usage
     case .nbd, .output, .host, .control, .diskClosed, .diskStandsStill: .inputOutput
@@ -106,7 +107,7 @@ enum Failure: Error {
     case .queue: .unavailable
     // Only the control socket's clients, who get no status, meet these.
     case .noNode, .noDisk, .nodeNameTaken, .nodeInUse, .overlayHasBacking, .diskTwice, .aborted, .notBelow, .jobExists,
-      .diskHasJob, .diskIsBackedUp, .quota, .noJob, .jobState:
+      .diskHasJob, .diskIsBackedUp, .quota, .noJob, .noMirror, .mirrorNotReady, .jobState:
       .usage
     }
   }
@@ -182,6 +183,8 @@ enum Failure: Error {
     case .saved(let error): "\(error)"
     case .notMoved("cancelled", _): "the migration was cancelled; the machine goes on where it is"
     case .notMoved(_, let reason): "the machine has not been moved: \(reason ?? "no reason is known")"
+    case .notCopied(let disk, let reason):
+      "the disk \(disk) was not copied, and the machine goes on where it is: \(reason ?? "its job was ended")"
     case .notArrived(let error): "no machine has come: \(error)"
     }
   }

@@ -15,6 +15,13 @@ enum JobCommands {
       .optional("bitmap", .string), .optional("bitmap-mode", .string),
     ] + common
 
+  private static let mirror: [QMPType.Member] =
+    [
+      .optional("job-id", .string), .required("device", .string), .required("target", .string),
+      .required("sync", .enumeration("MirrorSyncMode", values: ["full", "top", "none"])),
+      .optional("copy-mode", .enumeration("MirrorCopyMode", values: ["background"])),
+    ] + common
+
   static func all(_ control: DiskControl) -> [QMPCommand] {
     starters(control) + verbs(control) + queries(control)
   }
@@ -56,6 +63,15 @@ enum JobCommands {
       },
       QMPCommand("blockdev-backup", backup) { _, arguments throws(MonitorError) in
         try control.run { graph throws(BlockError) in _ = try startBackup(arguments, graph) }
+        return [:]
+      },
+      QMPCommand("blockdev-mirror", mirror) { _, arguments throws(MonitorError) in
+        try control.run { graph throws(BlockError) in
+          let disk = try graph.disk(arguments.text("device"))
+          try graph.mirror(
+            id(arguments, disk), disk, to: graph.node(arguments.text("target")), mode: arguments.text("sync"),
+            configure: configure(arguments))
+        }
         return [:]
       },
     ]
@@ -108,7 +124,10 @@ enum JobCommands {
     }
     return verb("pause") { job, _ throws(BlockError) in try job.pause(true) }
       + verb("resume") { job, _ throws(BlockError) in try job.pause(false) }
-      + verb("cancel", more: [.optional("force", .bool)]) { job, _ in job.cancel() }
+      + verb("cancel", more: [.optional("force", .bool)]) { job, arguments in
+        // As QEMU's: of the two names, the one about jobs in general hurries.
+        job.cancel(isForced: arguments["id"] != nil || arguments["force"]?.boolValue == true)
+      }
       + verb("complete") { job, _ throws(BlockError) in try job.complete() }
       + verb("dismiss") { job, _ throws(BlockError) in try job.dismiss() }
       + verb("finalize") { job, _ throws(BlockError) in try job.finalize() }

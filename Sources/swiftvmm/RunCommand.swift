@@ -125,6 +125,12 @@ struct RunCommand: ParsableCommand {
     help: "Wait for a machine that 'swiftvmm migrate' sends: unix:PATH or tcp:HOST:PORT; same GUEST and options.")
   var incoming: String?
 
+  @Option(
+    name: .customLong("incoming-disks"),
+    help:
+      "With --incoming: where 'swiftvmm migrate --copy-disks' brings the disks' contents: unix:PATH or tcp:HOST:PORT.")
+  var incomingDisks: String?
+
   @Flag(help: "With --restore: compare all of the saved memory with its checksums first.")
   var verify = false
 
@@ -148,6 +154,7 @@ struct RunCommand: ParsableCommand {
       throw ValidationError("name a GUEST, or give --firmware")
     }
     if incoming != nil, restore != nil { throw ValidationError("--incoming and --restore exclude each other") }
+    if incomingDisks != nil, incoming == nil { throw ValidationError("--incoming-disks needs --incoming URI") }
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
     if keep != nil, snapshotEvery == nil { throw ValidationError("--keep needs --snapshot-every INTERVAL") }

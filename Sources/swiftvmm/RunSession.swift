@@ -103,6 +103,13 @@ struct RunSession {
       keeper, agent, try SnapshotInterval(text), keep: options.keep ?? SnapshotInterval.defaultKeep)
   }
 
+  /// `--incoming-disks`.
+  private static func awaitDisks(_ control: DiskControl?, at text: String) throws(Failure) {
+    let endpoint: StreamEndpoint
+    do throws(HostError) { endpoint = try StreamEndpoint(text) } catch { throw .host(error) }
+    do throws(MonitorError) { try control?.exports.startFilling(endpoint) } catch { throw .control("\(error)") }
+  }
+
   /// The first option that only the software engine has.
   private static func softOption(_ options: RunCommand, _ traces: [Trace.Subject]) -> String? {
     if options.deterministic { return "--deterministic" }
@@ -134,6 +141,7 @@ struct RunSession {
       try IncomingMachine(moving, at: text, migrations)
     }
     if incoming != nil { machine.awaitState() }
+    if let text = options.incomingDisks { try Self.awaitDisks(control, at: text) }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
         machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver, migrations: migrations,

@@ -237,7 +237,7 @@ private final class Scene {
       for _ in 0..<20 { scene.guestStep() }
       let chain = scene.disk.top.chain
       let id = "job\(round)"
-      switch scene.random(0..<6) {
+      switch scene.random(0..<8) {
       case 0, 1:
         #expect(try scene.snapshot() == nil)
       case 2 where chain.count > 1:
@@ -264,6 +264,26 @@ private final class Scene {
           try scene.graph.backup(id, scene.disk, to: target, mode: "full", bitmap: nil)
         }
         scene.run { scene.graph.jobs.isEmpty }
+        backups.append((target, model))
+      case 6:
+        let target = try scene.addImage(scene.newName())
+        try scene.graph.mirror(id, scene.disk, to: target, mode: "full")
+        scene.run { scene.graph.jobs[id]?.status == .ready }
+        try scene.graph.jobs[id]?.complete()
+        scene.run { scene.graph.jobs.isEmpty }
+        #expect(scene.disk.top === target)
+        #expect(target.chain.count == 1)
+      case 7:
+        let target = try scene.addImage(scene.newName())
+        try scene.graph.mirror(id, scene.disk, to: target, mode: "full")
+        scene.run { scene.graph.jobs[id]?.status == .ready }
+        // The guest rests from here on; what it has written last is in the copy.
+        for _ in 0..<20 { scene.guestStep() }
+        scene.settle()
+        let model = scene.model
+        scene.graph.jobs[id]?.cancel(isForced: false)
+        scene.thread.run { scene.graph.jobs.isEmpty }
+        #expect(scene.disk.top === chain[0])
         backups.append((target, model))
       default: continue
       }
@@ -294,6 +314,20 @@ private final class Scene {
       scene.states(of: "cm")
         == ["created", "running", "ready", "READY", "waiting", "pending", "COMPLETED", "concluded", "null"])
     let target = try scene.addImage("target")
+    let other = try scene.addImage("other")
+    try scene.graph.mirror("mi", scene.disk, to: other, mode: "full")
+    scene.run { scene.graph.jobs.values.first?.status == .ready }
+    scene.graph.jobs.values.first?.cancel(isForced: false)
+    scene.run { scene.graph.jobs.isEmpty }
+    #expect(
+      scene.states(of: "mi")
+        == ["created", "running", "ready", "READY", "waiting", "pending", "COMPLETED", "concluded", "null"])
+    try scene.graph.mirror("mf", scene.disk, to: other, mode: "full")
+    scene.run { scene.graph.jobs.values.first?.status == .ready }
+    scene.graph.jobs.values.first?.cancel(isForced: true)
+    scene.run { scene.graph.jobs.isEmpty }
+    #expect(
+      scene.states(of: "mf") == ["created", "running", "ready", "READY", "aborting", "CANCELLED", "concluded", "null"])
     try scene.graph.backup("slow", scene.disk, to: target, mode: "full", bitmap: nil) { $0.speed = 1 }
     scene.graph.jobs["slow"]?.cancel()
     scene.run { scene.graph.jobs.isEmpty }
@@ -302,7 +336,9 @@ private final class Scene {
   }
 
   /// A host that fails one file's requests ends the job with that error; the guest's disk is as it was.
-  @Test(arguments: ["stream", "commit", "commit-active", "backup"]) func failingFileEndsTheJob(kind: String) throws {
+  @Test(arguments: ["stream", "commit", "commit-active", "backup", "mirror"]) func failingFileEndsTheJob(kind: String)
+    throws
+  {
     let scene = try Scene(seed: 11)
     scene.run { scene.model.filter { $0 != 0 }.count > 300 }
     #expect(try scene.snapshot() == nil)
@@ -314,22 +350,60 @@ private final class Scene {
     let chain = scene.disk.top.chain
     // A guest's own I/O must not meet the failure: it rests, but for what the job does.
     scene.settle()
-    scene.thread.failingPath = kind == "backup" ? "target" : "base"
+    scene.thread.failingPath = ["backup", "mirror"].contains(kind) ? "target" : "base"
     let (graph, disk) = (scene.graph, scene.disk)
     switch kind {
     case "stream": try graph.stream("j", disk, base: nil)
     case "commit": try graph.commit("j", disk, top: chain[1], base: chain[2])
     case "commit-active": try graph.commit("j", disk, top: chain[0], base: chain[1])
+    case "mirror": try graph.mirror("j", disk, to: target, mode: "full")
     default: try graph.backup("j", disk, to: target, mode: "full", bitmap: nil)
     }
     scene.thread.run { graph.jobs.isEmpty }
     #expect(scene.ended.count == 1)
     #expect(scene.ended.first?.job.error?.isNoSpace == true)
-    #expect(scene.states(of: "j") == ["created", "running", "aborting", "COMPLETED", "concluded", "null"])
+    // A mirror may call itself ready while its last stretches are under way.
+    let states = scene.states(of: "j").filter { kind != "mirror" || $0.lowercased() != "ready" }
+    #expect(states == ["created", "running", "aborting", "COMPLETED", "concluded", "null"])
     #expect(scene.disk.top === chain[0])
     #expect(scene.disk.top.chain.count == chain.count)
     scene.thread.failingPath = nil
     scene.run { scene.checked > 200 }
+    try scene.finish()
+  }
+
+  /// A mirror that is ended for another process is the disk as it was, and closed; without one there is nothing to hand over.
+  @Test func aMirrorIsHandedOver() throws {
+    let scene = try Scene(seed: 21)
+    scene.run { scene.model.filter { $0 != 0 }.count > 300 }
+    let target = try scene.addImage("target")
+    let small = try scene.addImage("small")
+    try small.node.resize(to: Scene.size / 2, on: scene.thread)
+    #expect(throws: BlockError.self) { try scene.graph.mirror("s", scene.disk, to: small, mode: "full") }
+    #expect(throws: BlockError.self) { try scene.graph.mirror("s", scene.disk, to: target, mode: "incremental") }
+    #expect(throws: BlockError.self) { try scene.graph.mirror("s", scene.disk, to: scene.disk.top, mode: "full") }
+    try scene.graph.mirror("m", scene.disk, to: target, mode: "full") {
+      ($0.staysConcluded, $0.staysPending) = (true, true)
+    }
+    var early: BlockError??
+    scene.graph.finishMirror(of: scene.disk) { early = .some($0) }
+    #expect(early == .some(.jobState("m", "running")))
+    scene.run { scene.graph.jobs["m"]?.status == .ready }
+    #expect(throws: BlockError.self) { try scene.graph.requireNoMirror(of: scene.disk) }
+    for _ in 0..<40 { scene.guestStep() }
+    scene.settle()
+    var outcome: BlockError??
+    scene.graph.finishMirror(of: scene.disk) { outcome = .some($0) }
+    scene.thread.run { outcome != nil }
+    #expect(outcome == .some(nil))
+    #expect(scene.graph.jobs.isEmpty)
+    #expect(throws: BlockError.self) { try scene.graph.node("target") }
+    let copy = try BlockChain(path: scene.scratch("target"), queue: scene.thread)
+    try scene.expect(copy.top, holds: scene.model)
+    try copy.close()
+    var second: BlockError??
+    scene.graph.finishMirror(of: scene.disk) { second = .some($0) }
+    #expect(second == .some(.noMirror("disk0")))
     try scene.finish()
   }
 

@@ -264,6 +264,43 @@ struct LiveDiskTests {
     try verify([path], flushed: text)
   }
 
+  /// A disk's mirror behind QEMU's NBD server holds what the guest has flushed; the guest goes on with a copy in a file.
+  @Test(arguments: engines) func mirrorsFollowTheGuest(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let (disk, copy) = (try image(folder, "disk"), try image(folder, "copy", format: "raw"))
+    let (far, socket) = (try image(folder, "far", format: "raw"), folder.path + "/nbd")
+    let server = Process()
+    server.executableURL = URL(fileURLWithPath: "/usr/bin/qemu-nbd")
+    server.arguments = ["-f", "raw", "-k", socket, "-x", "far", "-t", far]
+    try server.run()
+    while access(socket, F_OK) != 0 { usleep(10_000) }
+    let machine = try writer(engine, [disk])
+    let place: [String: Any] = ["type": "unix", "path": socket]
+    try machine.execute("blockdev-add", ["driver": "nbd", "node-name": "far", "server": place, "export": "far"])
+    try machine.execute("blockdev-mirror", ["job-id": "far", "device": "d0", "target": "far", "sync": "full"])
+    try wait(machine, job: "far", for: "BLOCK_JOB_READY")
+    goesOn(machine)
+    try machine.execute("stop")
+    try machine.execute("block-job-cancel", ["device": "far"])
+    try wait(machine, job: "far")
+    try machine.execute("blockdev-del", ["node-name": "far"])
+    kill(server.processIdentifier, SIGKILL)
+    server.waitUntilExit()
+    try verify([far], flushed: machine.text)
+    try machine.execute("cont")
+    let file: [String: Any] = ["driver": "file", "filename": copy]
+    try machine.execute("blockdev-add", ["driver": "raw", "node-name": "near", "file": file])
+    try machine.execute("blockdev-mirror", ["job-id": "near", "device": "d0", "target": "near", "sync": "full"])
+    try wait(machine, job: "near", for: "BLOCK_JOB_READY")
+    goesOn(machine)
+    try machine.execute("job-complete", ["id": "near"])
+    try wait(machine, job: "near")
+    goesOn(machine)
+    let blocks = try #require(try machine.execute("query-block") as? [[String: Any]])
+    #expect((blocks[0]["inserted"] as? [String: Any])?["node-name"] as? String == "near")
+    try verify([copy], flushed: try end(machine))
+  }
+
   /// Killed at any moment of a loop of snapshots and merges: what was flushed is there.
   @Test(arguments: engines)
   func aKillAmongTheMergesLosesNothing(engine: String) throws {

@@ -108,14 +108,102 @@ struct MigrateTests {
     try verify(disk, machine.text, records)
   }
 
+  /// The machine moves with a copy of its disk while the guest writes: what it was told is durable is in the copy.
+  @Test(arguments: engines, ["qcow2", "raw"])
+  func aDiskIsCopiedOnTheWay(engine: String, format: String) throws {
+    let folder = try TemporaryFolder()
+    let records = "records=200 flush=10 sectors=16"
+    func image(_ name: String) throws -> String {
+      let path = folder.path + "/" + name
+      try #require(try hostTool(VMM.path, "disk", "create", "-q", "-f", format, path, "32M").status == 0)
+      return "\(path),format=\(format)"
+    }
+    func arguments(_ image: String) -> [String] {
+      [
+        "disk", "--engine", engine, "--memory", "64M", "--time-limit", "600", "--disk", image, "--append",
+        "mode=rewrite passes=100000 \(records)",
+      ]
+    }
+    var machine = try RunningVMM(arguments(try image("disk0")))
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    for index in 1...2 {
+      let uri = "unix:\(folder.path)/move\(index)"
+      let disks = index == 1 ? "unix:\(folder.path)/disks" : "tcp:127.0.0.1:\(try freePort())"
+      let next = try RunningVMM(arguments(try image("disk\(index)")) + ["--incoming", uri, "--incoming-disks", disks])
+      let moved = try hostTool(VMM.path, "migrate", machine.socket, uri, "--copy-disks", disks)
+      try #require(moved.status == 0, "\(moved.output) \(machine.text.suffix(500)) \(next.text)")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(500))")
+      #expect(next.waitFor("flushed", count: 40), "\(next.text)")
+      #expect(!next.text.contains("FAIL"), "\(next.text)")
+      let left = try #require(try next.execute("query-block-exports") as? [[String: Any]])
+      #expect(left.isEmpty)
+      machine = next
+    }
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(2000))")
+    try verify(folder.path + "/disk2", machine.text, records, format: format)
+  }
+
+  /// Where a copy cannot begin or ends before the machine leaves, the machine stays with its disk, and can be moved later.
+  @Test(arguments: engines)
+  func aCopyThatEndsKeepsTheMachine(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let records = "records=200 flush=10 sectors=16"
+    let (here, there, uri) = (folder.path + "/here", folder.path + "/there", "unix:\(folder.path)/move")
+    for (path, size) in [(here, "32M"), (there, "32M"), (folder.path + "/small", "16M")] {
+      try #require(try hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", path, size).status == 0)
+    }
+    let arguments = { (image: String) in
+      [
+        "disk", "--engine", engine, "--memory", "64M", "--time-limit", "600", "--disk", "\(image),id=d0", "--append",
+        "mode=rewrite passes=100000 \(records)",
+      ]
+    }
+    let machine = try RunningVMM(arguments(here))
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    let small = try RunningVMM(
+      arguments(folder.path + "/small") + [
+        "--incoming", "unix:\(folder.path)/nowhere", "--incoming-disks", "unix:\(folder.path)/small-disks",
+      ])
+    let refused = try hostTool(
+      VMM.path, "migrate", machine.socket, "unix:\(folder.path)/nowhere", "--copy-disks",
+      "unix:\(folder.path)/small-disks")
+    #expect(refused.status == 1 && refused.output.contains("the disk's"), "\(refused.output)")
+    small.kill()
+    let next = try destination(arguments(there), at: uri)
+    let socket = folder.path + "/disks"
+    try next.execute("nbd-server-start", ["addr": ["type": "unix", "data": ["path": socket]]])
+    try next.execute("nbd-server-add", ["device": "d0", "writable": true])
+    let server: [String: Any] = ["type": "unix", "path": socket]
+    try machine.execute(
+      "blockdev-add", ["driver": "nbd", "node-name": "copy", "server": server, "export": "d0"])
+    let mirror: [String: Any] = ["job-id": "m", "device": "d0", "target": "copy", "sync": "full"]
+    try machine.execute("blockdev-mirror", mirror.merging(["speed": 1 << 20]) { $1 })
+    #expect(try machine.refusal("block_resize", ["device": "d0", "size": 64 << 20]).contains("has a job, m"))
+    let early = try move(machine, to: uri)
+    #expect((early["error-desc"] as? String)?.contains("the copy of the disk d0 is not ready") == true, "\(early)")
+    // The destination ends, and with it the copy.
+    let ended = try machine.event("BLOCK_JOB_COMPLETED") { $0["device"] as? String == "m" }
+    #expect(ended["error"] != nil)
+    #expect(next.waitUntilExit() == 74, "\(next.text)")
+    // The layer goes, and says that it could not be flushed.
+    #expect(try machine.refusal("blockdev-del", ["node-name": "copy"]).contains("the server ended the connection"))
+    #expect(try machine.refusal("blockdev-del", ["node-name": "copy"]).contains("Cannot find device"))
+    let count = machine.text.components(separatedBy: "flushed").count
+    #expect(machine.waitFor("flushed", count: count + 5), "\(machine.text.suffix(500))")
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text.suffix(500))")
+    try verify(here, machine.text, records)
+  }
+
   /// Every record that the guest says is flushed is on the disk.
-  private func verify(_ disk: String, _ text: String, _ records: String) throws {
-    #expect(try hostTool("qemu-img", "check", disk).status == 0)
+  private func verify(_ disk: String, _ text: String, _ records: String, format: String = "qcow2") throws {
+    if format == "qcow2" { #expect(try hostTool("qemu-img", "check", disk).status == 0) }
     let flushed = text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
       .last { $0.hasPrefix("flushed") }
     let words = try #require(flushed).split(separator: " ")
     let verified = try VMM.run([
-      "run", "disk", "--engine", "soft", "--disk", disk, "--append",
+      "run", "disk", "--engine", "soft", "--disk", "\(disk),format=\(format)", "--append",
       "mode=verify \(records) expect=\(words[1]) generation=\(words[3])",
     ])
     #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")

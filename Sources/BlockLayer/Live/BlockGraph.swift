@@ -167,6 +167,7 @@ public final class BlockGraph {
   public func removeDisk(_ disk: LiveDisk) {
     disks[disk.name] = nil
     disk.top.users -= 1
+    leaveFilled(disk)
   }
 
   // MARK: Jobs
@@ -209,12 +210,12 @@ public final class BlockGraph {
     return job
   }
 
-  private func requireJob(_ id: String, on disk: LiveDisk) throws(BlockError) {
+  func requireJob(_ id: String, on disk: LiveDisk) throws(BlockError) {
     guard jobs[id] == nil else { throw .jobExists(id) }
     if let job = jobs.values.first(where: { $0.disk === disk }) { throw .diskHasJob(disk.name, job: job.id) }
   }
 
-  private func begin(_ job: LiveJob, _ configure: (LiveJob) -> Void) {
+  func begin(_ job: LiveJob, _ configure: (LiveJob) -> Void) {
     configure(job)
     jobs[job.id] = job
     onJob(job, .status(.created))

@@ -26,10 +26,22 @@ extension BlockGraph {
     try close(layer)
   }
 
-  /// Opens the image of an absent disk; its requests go on.
+  /// Opens the image of an absent disk, so that another machine's disk can be copied into it. The disk stays absent.
+  public func fill(_ disk: LiveDisk) throws(BlockError) -> LiveNode {
+    if let layer = disk.filled { return layer }
+    guard let options = disk.absence else { throw .nodeInUse(disk.top.name) }
+    let layer = try open(options)
+    layer.users += 1
+    disk.filled = layer
+    return layer
+  }
+
+  /// Opens the image of an absent disk, unless it has been filled; its requests go on.
   public func makePresent(_ disk: LiveDisk) throws(BlockError) {
     guard let options = disk.absence else { return }
-    let layer = try open(options)
+    let layer: LiveNode
+    if let filled = disk.filled { layer = filled } else { layer = try open(options) }
+    leaveFilled(disk)
     let placeholder = disk.top
     let size = disk.size
     disk.absence = nil
@@ -38,6 +50,12 @@ extension BlockGraph {
     try? close(placeholder)
     if disk.size != size { disk.onResize() }
     disk.release()
+  }
+
+  /// Nobody fills the disk's image any more.
+  func leaveFilled(_ disk: LiveDisk) {
+    disk.filled?.users -= 1
+    disk.filled = nil
   }
 
   /// Opens an image that another process writes to, to see how large it is.

@@ -36,6 +36,8 @@ public final class LiveDisk: BlockNode {
   public var isReadOnly: Bool { absence.map { !$0.access.writable } ?? top.node.isReadOnly }
   /// Its image is another process's for now, and is opened so when it comes back.
   public internal(set) var absence: BlockGraph.Options?
+  /// The image of an absent disk, open because it is being filled for the machine that is to come.
+  public internal(set) var filled: LiveNode?
 
   /// The state of the bytes as the top layer has it.
   public func extent(at offset: UInt64, length: UInt64) throws(BlockError) -> BlockExtent {

@@ -57,6 +57,9 @@ public class LiveJob {
   /// The job stays pending until it is finalized.
   public var staysPending = false
 
+  /// Told once of the end.
+  private var onEnd: (BlockError?) -> Void = { _ in }
+
   let graph: BlockGraph
   let todo: DirtyBitmap
   private var scanned = 0
@@ -132,7 +135,15 @@ public class LiveJob {
     pump()
   }
 
-  /// Gives up. A job that is ready then leaves the disk as it is.
+  /// Gives up. A job that is ready then leaves the disk as it is. One that is not told to hurry, `isForced`, may first do what is
+  /// left, if it is of use without the disk.
+  public func cancel(isForced: Bool) {
+    guard !isForced, status == .ready, detach() else { return cancel() }
+    isCompleting = true
+    pump()
+  }
+
+  /// Gives up at once.
   public func cancel() {
     guard ![.concluded, .aborting, .null].contains(status) else { return }
     isCancelled = true
@@ -144,6 +155,19 @@ public class LiveJob {
   /// Ends a job that is ready.
   public func complete() throws(BlockError) {
     guard status == .ready else { throw .jobState(id, status.rawValue) }
+    isCompleting = true
+    pump()
+  }
+
+  /// From now on the job ends as if completed, and leaves the disk as it is; false where that makes no sense.
+  func detach() -> Bool { false }
+
+  /// Ends a job that is ready without a change of the disk, and calls `then` when all is done.
+  func finish(then: @escaping (BlockError?) -> Void) {
+    guard status == .ready, detach() else { return then(.jobState(id, status.rawValue)) }
+    onEnd = then
+    // Nobody waits for the job's user now, nor for its speed.
+    (staysPending, staysConcluded, speed) = (false, false, 0)
     isCompleting = true
     pump()
   }
@@ -249,6 +273,9 @@ public class LiveJob {
         set(.null)
         graph.remove(self)
       }
+      let onEnd = onEnd
+      self.onEnd = { _ in }
+      onEnd(error ?? (succeeded ? nil : .jobState(id, status.rawValue)))
     }
   }
 
@@ -266,6 +293,38 @@ public class LiveJob {
       let range = todo.range(scanned).lowerBound..<todo.range(end - 1).upperBound
       scanned = end
       try scan(range)
+    }
+  }
+
+  /// Copies what is left, a few blocks at a time. The disk is held.
+  func moveRest(
+    from source: any BlockNode, to target: any BlockNode,
+    where isWanted: @escaping (ChainExtent) -> Bool = { _ in true },
+    then: @escaping (BlockError?) -> Void
+  ) {
+    var lanes = Self.parallel
+    var first: BlockError?
+    for _ in 0..<lanes {
+      moveLane(source, target, isWanted) { error in
+        first = first ?? error
+        lanes -= 1
+        if lanes == 0 { then(first) }
+      }
+    }
+  }
+
+  private func moveLane(
+    _ source: any BlockNode, _ target: any BlockNode, _ isWanted: @escaping (ChainExtent) -> Bool,
+    then: @escaping (BlockError?) -> Void
+  ) {
+    guard let block = todo.next(from: 0) else { return then(nil) }
+    let range = todo.range(block).clamped(to: 0..<source.size)
+    todo[block] = false
+    let buffer = DiskBuffer(count: range.count)
+    StretchCopy(source: source, target: target, buffer: buffer).copy(range, where: isWanted) { [self] error in
+      // The writes have read from it until now.
+      withExtendedLifetime(buffer) {}
+      if let error { then(error) } else { moveLane(source, target, isWanted, then: then) }
     }
   }
 

@@ -158,7 +158,7 @@ final class CommitJob: LiveJob, WriteGuard {
     if isActive { graph.onPivot(disk) }
     disk.hold { [self] in
       // A write may have come between the last stretch and the hold.
-      moveRest { [self] error in
+      moveRest(from: top.node, to: base.node, where: isWanted) { [self] error in
         if let error {
           disk.release()
           return then(error)
@@ -175,31 +175,6 @@ final class CommitJob: LiveJob, WriteGuard {
             }
           })
       }
-    }
-  }
-
-  /// A few blocks at a time.
-  private func moveRest(then: @escaping (BlockError?) -> Void) {
-    var lanes = 4
-    var first: BlockError?
-    for _ in 0..<lanes {
-      moveLane { error in
-        first = first ?? error
-        lanes -= 1
-        if lanes == 0 { then(first) }
-      }
-    }
-  }
-
-  private func moveLane(then: @escaping (BlockError?) -> Void) {
-    guard let block = todo.next(from: 0) else { return then(nil) }
-    let range = todo.range(block).clamped(to: 0..<top.node.size)
-    todo[block] = false
-    let buffer = DiskBuffer(count: range.count)
-    StretchCopy(source: top.node, target: base.node, buffer: buffer).copy(range, where: isWanted) { [self] error in
-      // The writes have read from it until now.
-      withExtendedLifetime(buffer) {}
-      if let error { then(error) } else { moveLane(then: then) }
     }
   }
 

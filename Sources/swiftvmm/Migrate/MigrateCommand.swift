@@ -1,6 +1,7 @@
 import ArgumentParser
 import BlockLayer
 import Glibc
+import Host
 import JSON
 import Monitor
 import PageClasses
@@ -12,7 +13,8 @@ struct MigrateCommand: ParsableCommand {
     abstract: "Move a running machine to another process, which waits with 'run --incoming'.",
     discussion: """
       The machine runs until the last moment, and goes on here if anything fails before the destination has it. \
-      Its disks are files that both processes can open. Once it is there, the process here ends.
+      Its disks are files that both processes can open, or are copied with --copy-disks, into images of the same sizes \
+      that 'run --incoming-disks' has. Once it is there, the process here ends.
 
       Example: swiftvmm run GUEST --incoming unix:/tmp/move --control unix:/tmp/there.sock
       Then: swiftvmm migrate /tmp/here.sock unix:/tmp/move
@@ -22,6 +24,11 @@ struct MigrateCommand: ParsableCommand {
 
   @Argument(help: "Where the destination waits: unix:PATH or tcp:HOST:PORT.")
   var uri: String
+
+  @Option(
+    name: .customLong("copy-disks"),
+    help: "Copy the disks first, to where 'run --incoming-disks' waits for them: unix:PATH or tcp:HOST:PORT.")
+  var copyDisks: String?
 
   @Option(help: ArgumentHelp("In which order pages go: \(PageOrders.names.joined(separator: ", "))."))
   var order: String?
@@ -57,6 +64,11 @@ struct MigrateCommand: ParsableCommand {
     if let order, !PageOrders.names.contains(order) {
       throw ValidationError("--order \(order): expected \(PageOrders.names.joined(separator: ", "))")
     }
+    do {
+      _ = try copyDisks.map { try StreamEndpoint($0) }
+    } catch {
+      throw ValidationError("--copy-disks: \(error)")
+    }
     if let compress, !(0...20).contains(compress) { throw ValidationError("--compress \(compress): expected 0 to 20") }
   }
 
@@ -67,8 +79,8 @@ struct MigrateCommand: ParsableCommand {
       _ = try client.execute(
         "migrate-set-capabilities",
         ["capabilities": [["capability": "auto-converge", "state": .bool(autoConverge)]]])
-      _ = try client.execute("migrate", ["uri": .string(uri)])
-      let result = try Self.follow(&client)
+      let result =
+        if let copyDisks { try move(copyingTo: StreamEndpoint(copyDisks), &client) } else { try move(&client) }
       if result["status"]?.stringValue == "completed", !keep { try client.quit() }
       return result
     }
@@ -78,6 +90,24 @@ struct MigrateCommand: ParsableCommand {
       throw Failure.notMoved(status: status, reason: result["error-desc"]?.stringValue)
     }
     print(json ? result.serialized(pretty: true) : Self.summary(result))
+  }
+
+  private func move(_ client: inout QMPClient) throws -> JSONValue {
+    _ = try client.execute("migrate", ["uri": .string(uri)])
+    return try Self.follow(&client)
+  }
+
+  private func move(copyingTo endpoint: StreamEndpoint, _ client: inout QMPClient) throws -> JSONValue {
+    let copies = try DiskCopies.begin(to: endpoint, &client)
+    do {
+      try copies.waitUntilReady(&client)
+      let result = try move(&client)
+      if result["status"]?.stringValue != "completed" { copies.giveUp(&client) }
+      return result
+    } catch {
+      copies.giveUp(&client)
+      throw error
+    }
   }
 
   private func parameters() throws -> JSONObject {

@@ -8,12 +8,15 @@ import Migration
 import Monitor
 import PageClasses
 import StateTree
+import Synchronization
 
 /// The machine of this process as a migration sees it, on its way there or here.
 final class MovingMachine: MigratingMachine, ArrivingMachine {
   private let saver: MachineSaver
   private let agent: AgentControl?
   private let throttle: VCPUThrottle
+  /// Disks that the destination gets a copy of.
+  private let copied = Mutex<Set<String>>([])
   private var machine: Machine { saver.machine }
 
   init(_ saver: MachineSaver, agent: AgentControl?) {
@@ -28,7 +31,20 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
 
   func description() throws(MigrationError) -> StateNode {
     try monitored { () throws(MonitorError) in try saver.check() }
+    try notePromisedCopies()
     return saver.description.node
+  }
+
+  /// Disks that are copied must still be so at the end: there, nothing else would say that a copy is not whole.
+  private func notePromisedCopies() throws(MigrationError) {
+    let names = Mutex<Set<String>>([])
+    try onDisks { graph, disk throws(BlockError) in
+      let (exists, isReady) = graph.mirrorState(of: disk)
+      guard exists else { return }
+      guard isReady else { throw .mirrorNotReady(disk.name) }
+      names.withLock { _ = $0.insert(disk.name) }
+    }
+    copied.withLock { [names = names.withLock { $0 }] in $0 = names }
   }
 
   func startDirtyTracking() throws(MigrationError) {
@@ -63,6 +79,13 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
   }
 
   func releaseDisks() throws(MigrationError) {
+    for name in copied.withLock({ $0 }) {
+      try monitored { () throws(MonitorError) in
+        try saver.disks?.wait { graph, done in
+          if let disk = graph.disks[name] { graph.finishMirror(of: disk, then: done) } else { done(.noDisk(name)) }
+        }
+      }
+    }
     try onDisks { graph, disk throws(BlockError) in try graph.makeAbsent(disk) }
   }
 
@@ -93,6 +116,7 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
   }
 
   func takeDisks() throws(MigrationError) {
+    try monitored { () throws(MonitorError) in try saver.disks?.exports.endFilling() }
     try onDisks { graph, disk throws(BlockError) in try graph.makePresent(disk) }
   }
 
