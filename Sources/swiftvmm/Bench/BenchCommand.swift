@@ -9,7 +9,7 @@ struct BenchCommand: ParsableCommand {
 
   @Argument(
     help:
-      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover; all of them without a name."
+      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover, migrate; all of them without a name."
   )
   var names: [Benchmark] = []
 
@@ -38,7 +38,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk, nbd, views, snapshot, backup, recover
+  case disk, nbd, views, snapshot, backup, recover, migrate
   case diskRequests = "disk-requests"
 
   var title: String {
@@ -53,6 +53,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .snapshot: "snapshot: live snapshots of a 4 GiB qcow2 disk"
     case .backup: "backup: disks of a running machine, and what its guest notices"
     case .recover: "recover: a guest gets a snapshot of its own disk"
+    case .migrate: "migrate: a running machine to another process"
     case .views: "views: changes of view and of rights"
     }
   }
@@ -69,6 +70,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .snapshot: try SnapshotBenchmark(runs: runs).measure()
     case .backup: try BackupBenchmark(runs: runs).measure()
     case .recover: try RecoverBenchmark(runs: runs).measure()
+    case .migrate: try MigrateBenchmark(runs: runs).measure()
     case .views: try ViewsBenchmark(runs: runs).measure()
     }
   }
