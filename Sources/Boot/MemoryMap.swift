@@ -24,6 +24,9 @@ public enum Platform {
   public static let extendedBIOSData = GuestRange(start: GuestPhysicalAddress(0x9fc00), size: 0x400)!
   /// The end of the boot ROM again, below 1 MiB, and ACPI's tables before it.
   public static let biosArea = GuestRange(start: GuestPhysicalAddress(0xe0000), size: 0x20000)!
+  /// The page of the virtual machine's generation id, behind ACPI's tables: a boot ROM's alias that leaves them room ends
+  /// them no earlier.
+  public static let generationID = GuestRange(start: GuestPhysicalAddress(0xef000), size: 0x1000)!
   /// Where extended memory begins.
   public static let oneMiB: UInt64 = 0x10_0000
   /// Where RAM goes on after the PCI hole.

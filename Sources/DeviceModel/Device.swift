@@ -27,6 +27,12 @@ public protocol DrainableDevice: Device {
   func undrain()
 }
 
+/// A device that saved machines may lack, as they were saved before there was one.
+public protocol LaterDevice: Device {
+  /// The restored guest does not know the device.
+  func restoreAbsent()
+}
+
 /// What a device asks of the whole machine.
 public enum MachineRequest: Equatable, Sendable {
   /// Power off: the run ends with status 0.

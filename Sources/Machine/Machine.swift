@@ -109,9 +109,10 @@ public final class Machine: MachineControl {
 
   /// Loads the guest and starts the threads; the vCPUs run at once, or wait for `resume`.
   ///
-  /// With `saved`, a state that `save` returned, the guest goes on from there; its RAM is in place already.
-  public func start(paused: Bool, from saved: StateNode? = nil) throws(MachineError) {
-    if let saved { try take(saved) } else { try load() }
+  /// With `saved`, a state that `save` returned, the guest goes on from there; its RAM is in place already. Where it
+  /// `isCopy`, of a machine that may have gone on too, its generation is another one.
+  public func start(paused: Bool, from saved: StateNode? = nil, isCopy: Bool = false) throws(MachineError) {
+    if let saved { try take(saved, isCopy: isCopy) } else { try load() }
     let loop = loop
     do {
       var started = [try HostThread(name: "devices") { loop.run() }]
@@ -227,6 +228,9 @@ public final class Machine: MachineControl {
   /// The disks and their places on PCI bus 0, which a saved state relies on.
   public var diskPlaces: [(name: String, slot: UInt8)] { platform.disks.places }
 
+  /// The generation id, as a GUID is written.
+  public var generationID: String { platform.generation.text }
+
   /// Presses the ACPI power button; what follows is the guest's choice.
   public func pressPowerButton() {
     platform.power.pressPowerButton()
@@ -322,6 +326,7 @@ public final class Machine: MachineControl {
   /// Puts the guest into memory and the boot processor at its entry.
   private func load() throws(MachineError) {
     let entry = try boot.load(memory)
+    do { try platform.generation.place() } catch { throw .memory(error) }
     bootEntry.withLock { $0 = entry }
     try start(entry)
   }
@@ -447,10 +452,13 @@ public final class Machine: MachineControl {
   }
 
   /// Begins with a saved state instead of a boot.
-  private func take(_ saved: StateNode) throws(MachineError) {
+  private func take(_ saved: StateNode, isCopy: Bool) throws(MachineError) {
     boot.memoryIsUsed()
     for device in drainable { device.drain() }
     try restore(saved)
+    if isCopy {
+      do { try platform.generation.renew() } catch { throw .memory(error) }
+    }
     operations.withLock { $0.pausedClock = try? virtualMachine.readClock() }
   }
 
@@ -509,7 +517,13 @@ public final class Machine: MachineControl {
         try reader.read(UInt64.self)
       }
       clock.set(now)
-      for device in devices { try device.restore(node.child(device.name)) }
+      for device in devices {
+        if let later = device as? any LaterDevice, !node.children.contains(where: { $0.name == later.name }) {
+          later.restoreAbsent()
+        } else {
+          try device.restore(node.child(device.name))
+        }
+      }
       for vcpu in vcpus { states.append(try VCPUState(node.child("vcpu\(vcpu.index)"), index: vcpu.index)) }
       machineNode = try node.child(pristine.machine.name)
     } catch {

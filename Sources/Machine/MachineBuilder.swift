@@ -30,8 +30,13 @@ public struct MachineBuilder {
     let model = try interruptModel()
     var description = ACPIConfiguration(cpus: configuration.cpus, pciWindow64: Self.pciWindow64(map))
     description.hasHPET = model != .inKernel
-    description.systemBus = [PCIHotplugObjects.systemBus(port: UInt16(PCIHotplug.port), slots: PCIHotplug.slots)]
-    description.generalEvents = [PCIHotplugObjects.generalEvent(PCIHotplug.event)]
+    description.systemBus = [
+      PCIHotplugObjects.systemBus(port: UInt16(PCIHotplug.port), slots: PCIHotplug.slots),
+      GenerationObjects.systemBus(address: Platform.generationID.start),
+    ]
+    description.generalEvents = [
+      PCIHotplugObjects.generalEvent(PCIHotplug.event), GenerationObjects.generalEvent(GenerationID.event),
+    ]
     let tables = try boot { () throws(BootError) in
       try ACPITables(description, firmware: configuration.firmware)
     }
@@ -80,8 +85,8 @@ public struct MachineBuilder {
       throw .accelerator(error)
     }
     let platform = try MachinePlatform(
-      configuration, kind: kind, memory: memory, map: map, clock: clock, machine: link, interrupts: interrupts,
-      isDeterministic: virtualMachine.virtualTime != nil)
+      configuration, kind: kind, memory: memory, map: map, hasTables: tables != nil, clock: clock, machine: link,
+      interrupts: interrupts, isDeterministic: virtualMachine.virtualTime != nil)
     let exitTrace = try connectTraces(vcpus)
     let parts = MachineParts(
       memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,

@@ -14,6 +14,7 @@ struct MachinePlatform {
   let memoryBus = AddressBus(name: "memory")
   private(set) var devices: [any Device] = []
   let power: ACPIPowerManagement
+  let generation: GenerationID
   let serial: Serial16550
   /// Where PCI functions are added.
   let pci: PCIHost
@@ -22,12 +23,13 @@ struct MachinePlatform {
 
   init(
     _ configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts, isDeterministic: Bool
+    hasTables: Bool, clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
+    isDeterministic: Bool
   ) throws(MachineError) {
     do throws(DeviceModelError) {
       try self.init(
-        platform: configuration, kind: kind, memory: memory, map: map, clock: clock, machine: machine,
-        interrupts: interrupts, isDeterministic: isDeterministic)
+        platform: configuration, kind: kind, memory: memory, map: map, hasTables: hasTables, clock: clock,
+        machine: machine, interrupts: interrupts, isDeterministic: isDeterministic)
     } catch {
       throw .device(error)
     }
@@ -42,7 +44,8 @@ struct MachinePlatform {
 
   private init(
     platform configuration: MachineConfiguration, kind: BootKind?, memory: GuestMemory, map: MemoryMap,
-    clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts, isDeterministic: Bool
+    hasTables: Bool, clock: any DeviceClock, machine: any MachineControl, interrupts: MachineInterrupts,
+    isDeterministic: Bool
   ) throws(DeviceModelError) {
     let sink = interrupts.sink
     // Devices on one interrupt share its line.
@@ -54,6 +57,9 @@ struct MachinePlatform {
     }
     let power = ACPIPowerManagement(line: line(ACPIPowerManagement.interrupt), clock: clock, machine: machine)
     self.power = power
+    generation = GenerationID(
+      memory: memory, address: hasTables ? Platform.generationID.start : nil, power: power,
+      isDeterministic: isDeterministic)
     pci = PCIHost(ports: ports, memory: memoryBus, interrupts: sink)
     let hotplug = PCIHotplug(host: pci, power: power, machine: machine)
     disks = DiskSlots(
@@ -64,6 +70,7 @@ struct MachinePlatform {
       lowMemory: map.lowRAM.size, highMemory: map.highRAM?.size ?? 0, cpus: configuration.cpus)
     try add(serial)
     try add(power)
+    try add(generation)
     for controller in interrupts.devices { try add(controller) }
     let rtc = RealTimeClock(
       line: line(RealTimeClock.interrupt), clock: clock, contents: contents,

@@ -165,7 +165,7 @@ struct RunSession {
         machine.finish(.quit)
       }
     } else {
-      do { try machine.start(paused: options.paused, from: saved) } catch { throw .machine(error) }
+      do { try machine.start(paused: options.paused, from: saved, isCopy: true) } catch { throw .machine(error) }
     }
     schedule?.start()
     let outcome = machine.waitUntilOver()

@@ -14,10 +14,11 @@ import Testing
       .device(
         "HPC0", [.name("_HID", .eisaID("PNP0A06")), .name("_UID", .string("hotplug")), .name("SEEN", .integer(0))]),
       PCIHotplugObjects.systemBus(port: 0xae00, slots: 1...31),
+      GenerationObjects.systemBus(address: Platform.generationID.start),
     ]
     all.generalEvents = [
       .method("_E02", [.store(.integer(0x12_3456_789a), in: .path("\\_SB.HPC0.SEEN"))]),
-      PCIHotplugObjects.generalEvent(1),
+      PCIHotplugObjects.generalEvent(1), GenerationObjects.generalEvent(5),
     ]
     return [ACPIConfiguration(cpus: 1), ACPIConfiguration(cpus: 254), ACPIConfiguration(cpus: 300), all]
   }

@@ -1,5 +1,6 @@
 import DeviceModel
 import DeviceTesting
+import GuestMemory
 import PlatformDevices
 import Testing
 
@@ -105,6 +106,12 @@ let catalogue: [CatalogueEntry] = [
   CatalogueEntry(name: "PCI hot-plug") { fixture in
     let power = ACPIPowerManagement(line: fixture.line(9), clock: fixture.clock, machine: fixture.machine)
     return PCIHotplug(host: fixture.pciHost(), power: power, machine: fixture.machine)
+  },
+  CatalogueEntry(name: "generation id") { fixture in
+    GenerationID(
+      memory: fixture.memory, address: GuestPhysicalAddress(0x1000),
+      power: ACPIPowerManagement(line: fixture.line(9), clock: fixture.clock, machine: fixture.machine),
+      isDeterministic: true)
   },
   CatalogueEntry(name: "PCI host") { $0.pciHost() },
   CatalogueEntry(pci: "PCI host bridge", bars: [:]) { PCIHostBridge(host: $1, interrupts: $0.sink) },

@@ -61,8 +61,11 @@ struct MigrateTests {
       let waiting = try #require(try next.execute("query-status") as? [String: Any])
       #expect(waiting["status"] as? String == "inmigrate")
       try set(machine, Self.ways[index % Self.ways.count])
+      let generation = try #require(try machine.execute("query-vm-generation-id") as? [String: String])
       let result = try move(machine, to: uri)
       try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
+      // It has moved; it is no copy.
+      #expect(try next.execute("query-vm-generation-id") as? [String: String] == generation)
       let there = try #require(try machine.execute("query-status") as? [String: Any])
       #expect(there["status"] as? String == "postmigrate")
       #expect(next.waitFor("dirty: pass", count: 2), "move \(index): \(next.text)")

@@ -23,6 +23,11 @@ struct SaveTests {
     ]
   }
 
+  private func generation(_ machine: RunningVMM) throws -> String {
+    let result = try #require(try machine.execute("query-vm-generation-id") as? [String: Any])
+    return try #require(result["guid"] as? String)
+  }
+
   /// A guest that writes checked records goes on where it was, from file to file; its disk is right at the end.
   @Test(arguments: engines, [1, 2])
   func aWritingGuestGoesOn(engine: String, cpus: Int) throws {
@@ -63,16 +68,21 @@ struct SaveTests {
     let arguments = arguments(engine, cpus: 1, disk: try image(folder))
     let machine = try RunningVMM(arguments)
     #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    let generation = try self.generation(machine)
     try machine.execute("x-swiftvmm-save", ["file": file])
+    #expect(try self.generation(machine) == generation)
     let count = machine.text.components(separatedBy: "flushed").count
     #expect(machine.waitFor("flushed", count: count + 20), "\(machine.text.suffix(500))")
     try machine.execute("quit")
     #expect(machine.waitUntilExit() == 0)
     let restored = try RunningVMM(arguments + ["--restore", file, "--paused"])
+    let copied = try self.generation(restored)
+    #expect(copied != generation)
     try restored.execute("system_reset")
     try restored.execute("cont")
     #expect(restored.waitFor("disk 0: 65536 sectors"), "\(restored.text)")
     #expect(restored.waitFor("flushed"), "\(restored.text)")
+    #expect(try self.generation(restored) == copied)
     restored.kill()
   }
 

@@ -75,8 +75,8 @@ struct SmallMachine {
     var configuration = MachineConfiguration(serial: Silence())
     configuration.cpus = cpus
     var platform = try MachinePlatform(
-      configuration, kind: nil, memory: memory, map: MemoryMap(size: range.size), clock: clock, machine: link,
-      interrupts: interrupts, isDeterministic: false)
+      configuration, kind: nil, memory: memory, map: MemoryMap(size: range.size), hasTables: false, clock: clock,
+      machine: link, interrupts: interrupts, isDeterministic: false)
     try platform.add(recorder, port: 0x80, size: 1)
     let load: @Sendable (GuestMemory) throws(MachineError) -> BootEntry = { memory throws(MachineError) in
       do throws(GuestMemoryError) {

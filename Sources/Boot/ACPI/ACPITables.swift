@@ -50,7 +50,7 @@ public struct ACPITables: Equatable, Sendable {
     let start = Platform.biosArea.start.rawValue
     let end = firmware?.alias.start.rawValue ?? Platform.biosArea.end.rawValue
     guard end - start >= 0x1_0000 else { return nil }
-    var layout = Layout(next: start + 64, end: end)
+    var layout = Layout(next: start + 64, end: Platform.generationID.start.rawValue)
     let dsdt = try layout.add("DSDT", DSDT.table(configuration))
     let fadt = try layout.add("FACP", FADT.table(configuration, dsdt: dsdt))
     var roots = [fadt]

@@ -90,6 +90,12 @@ public struct AML: Equatable, Sendable {
     AML([0x14] + sized(name(path) + [arguments & 7 | (serialized ? 8 : 0)] + body.flatMap(\.bytes)))
   }
 
+  /// The name of an edge-triggered general-purpose event's method (ACPI 6.5, 5.6.4.1).
+  static func eventName(_ event: Int) -> String {
+    let digits = String(event, radix: 16, uppercase: true)
+    return "_E" + (event < 16 ? "0" : "") + digits
+  }
+
   // MARK: Statements
 
   /// `target = value`.

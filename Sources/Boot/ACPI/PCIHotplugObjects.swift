@@ -32,8 +32,7 @@ public enum PCIHotplugObjects {
 
   /// The method for `ACPIConfiguration.generalEvents`.
   public static func generalEvent(_ event: Int) -> AML {
-    let digits = String(event, radix: 16, uppercase: true)
-    return .method("_E" + (event < 16 ? "0" : "") + digits, [.path("\\_SB.PCI0.PCNT")])
+    .method(AML.eventName(event), [.path("\\_SB.PCI0.PCNT")])
   }
 
   private static func notify(_ slot: UInt8, _ value: UInt64, where slots: AML) -> AML {

@@ -1,4 +1,5 @@
 import JSON
+import Machine
 import Monitor
 import SavedMachine
 
@@ -6,6 +7,7 @@ import SavedMachine
 enum SaveCommands {
   static let name = "x-swiftvmm-save"
 
+  private static let generation = QMPType.object("GuidInfo", members: [.required("guid", .string)])
   private static let result = QMPType.object(
     "SaveReport",
     members: [.required("memory", .integer), .required("state", .integer), .required("pause", .integer)])
@@ -20,7 +22,10 @@ enum SaveCommands {
         return [
           "memory": JSONValue(report.memoryBytes), "state": JSONValue(report.stateBytes), "pause": JSONValue(pause),
         ]
-      }
+      },
+      QMPCommand("query-vm-generation-id", returns: generation) { _, _ in
+        ["guid": .string(saver.machine.generationID)]
+      },
     ]
   }
 }
