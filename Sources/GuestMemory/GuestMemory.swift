@@ -55,6 +55,7 @@ public final class GuestMemory: Sendable {
   private let isCopy = Atomic(false)
   private let isObserved = Atomic(false)
   private let isGuarded = Atomic(false)
+  private let arriving = Atomic(false)
   private let deviceGuard = Mutex(DeviceGuard())
   private let observer = Mutex(Observer())
 
@@ -126,7 +127,31 @@ public final class GuestMemory: Sendable {
     _ address: GuestPhysicalAddress, count: Int, isWrite: Bool
   ) -> UnsafeMutableRawPointer? {
     guard allowsDevice(address, count: count, isWrite: isWrite) else { return nil }
-    return hostPointer(address, count: count)
+    let pointer = hostPointer(address, count: count)
+    if let pointer, isArriving { waitFor(pointer, count) }
+    return pointer
+  }
+
+  /// Whether pages are still to come from another process. Whoever touches one of them waits for it; looking for holes in the
+  /// file finds pages that are not holes.
+  @inline(__always)
+  public var isArriving: Bool {
+    get { arriving.load(ordering: .acquiring) }
+    set { arriving.store(newValue, ordering: .releasing) }
+  }
+
+  /// Has the calling thread wait for pages that are still to come: asynchronous requests may fail there instead.
+  private func waitFor(_ pointer: UnsafeMutableRawPointer, _ count: Int) {
+    guard count > 0 else { return }
+    for offset in stride(from: 0, to: count, by: 4096) { _ = clinux_load8(pointer + offset) }
+    _ = clinux_load8(pointer + count - 1)
+  }
+
+  /// Gives up what pages of the memory file hold: they are not there any more.
+  public func discard(pages: Range<Int>) throws(GuestMemoryError) {
+    guard clinux_punch_hole(file.rawValue, Int64(pages.lowerBound) << 12, Int64(pages.count) << 12) == 0 else {
+      throw .host(.systemCall("fallocate", errno: errno))
+    }
   }
 
   /// Whether a device may read or write these bytes, wherever they are.

@@ -58,6 +58,10 @@ public struct MigrationParameters: Sendable {
   public var copies = 512 << 20
   /// The vCPUs may be kept from running where they write faster than the links carry.
   public var mayThrottle = false
+  /// The machine may go on there before all of its pages have come.
+  public var mayPostCopy = false
+  /// Bytes a second of pages that nobody waits for, then; 0 for as many as there go.
+  public var postCopyBandwidth: UInt64 = 0
   /// Where the order of pages is written to.
   public var trace: String?
 

@@ -11,8 +11,14 @@ public final class MigrationDestination: @unchecked Sendable {
   public let progress: MigrationProgress
 
   private let machine: any ArrivingMachine
-  private let listener: StreamListener
+  private let door: Door
   private let state = Condition(State())
+
+  /// Where sources come in.
+  private final class Door: Sendable {
+    let listener: StreamListener
+    init(_ listener: consuming StreamListener) { self.listener = listener }
+  }
 
   private enum Phase {
     case receiving, ready, taking, taken, abandoned
@@ -26,6 +32,8 @@ public final class MigrationDestination: @unchecked Sendable {
     /// Records of pages that each link has brought, once it says that there are no more.
     var ended: Set<Int> = []
     var failure: MigrationError?
+    /// Where the source may have the machine go on here before all of its pages have come.
+    var postCopy: PostCopyDestination?
     var isOver = false
   }
 
@@ -39,13 +47,13 @@ public final class MigrationDestination: @unchecked Sendable {
   ) {
     progress = MigrationProgress(onStatus)
     self.machine = machine
-    self.listener = listener
+    door = Door(listener)
   }
 
   /// Waits for a source and takes its machine, which runs when this returns.
   public func run() throws(MigrationError) {
     do throws(HostError) {
-      _ = try HostThread(name: "incoming") { [self] in accept() }
+      _ = try HostThread(name: "incoming") { [self] in accept(door) }
     } catch {
       throw .host(error)
     }
@@ -55,7 +63,9 @@ public final class MigrationDestination: @unchecked Sendable {
       try receive(links)
       progress.end(nil)
     } catch {
-      for link in state.withLock({ $0.links.values }) { link.shut() }
+      let (links, postCopy) = state.withLock { ($0.links.values, $0.postCopy) }
+      for link in links { link.shut() }
+      postCopy?.abandon()
       progress.end(error)
       throw error
     }
@@ -63,17 +73,27 @@ public final class MigrationDestination: @unchecked Sendable {
 
   // MARK: Links
 
-  private func accept() {
+  private func accept(_ door: Door) {
     while !state.withLock({ $0.isOver }) {
-      guard let socket = try? listener.accept() else { return }
+      guard let socket = try? door.listener.accept() else { return }
       let link = MigrationLink(socket, patience: 5)
       // Whoever says nothing keeps nobody from being heard for longer than that.
       guard let greeting = try? MigrationGreeting(link.receive(count: MigrationGreeting.size)) else { continue }
       switch greeting.purpose {
       case .move: join(link, greeting)
       case .question: answer(link, greeting)
+      case .postCopy: joinPostCopy(link, greeting)
       }
     }
+  }
+
+  private func joinPostCopy(_ link: MigrationLink, _ greeting: MigrationGreeting) {
+    let postCopy = state.withLock { $0.session == greeting.session ? $0.postCopy : nil }
+    guard let postCopy else {
+      try? link.send(.refuse, Array("no machine of this migration has come here".utf8))
+      return
+    }
+    postCopy.join(link, greeting)
   }
 
   private func join(_ link: MigrationLink, _ greeting: MigrationGreeting) {
@@ -163,10 +183,15 @@ public final class MigrationDestination: @unchecked Sendable {
       let (kind, count) = try link.receiveHeader()
       switch kind {
       case .pages, .compressedPages: try decoder.take(kind, count: count)
+      case .postCopy where index == 0 && decoder.batches == 0:
+        try refusing(link) { () throws(MigrationError) in
+          let postCopy = try PostCopyDestination(machine.memory, progress)
+          state.withLock { $0.postCopy = postCopy }
+        }
+        try link.send(.accept)
       case .endOfPages:
         let payload = try link.receive(count: count)
-        let batches = payload.reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
-        guard payload.count == 8, batches == decoder.batches else { throw .malformed(.order) }
+        guard payload.count == 8, UInt64(littleEndian: payload) == decoder.batches else { throw .malformed(.order) }
         return state.withLock { _ = $0.ended.insert(index) }
       default: throw .malformed(.order)
       }
@@ -174,7 +199,14 @@ public final class MigrationDestination: @unchecked Sendable {
   }
 
   private func receiveState(_ link: MigrationLink) throws(MigrationError) {
-    let (kind, count) = try link.receiveHeader()
+    var (kind, count) = try link.receiveHeader()
+    let postCopy = kind == .missing ? state.withLock { $0.postCopy } : nil
+    if let postCopy {
+      let missing = try link.receive(count: count)
+      if let failure = waitForPages() { throw failure }
+      try postCopy.begin(without: missing)
+      (kind, count) = try link.receiveHeader()
+    }
     guard kind == .state, count > 1 else { throw .malformed(.order) }
     var bytes = try link.receive(count: count)
     let ran = bytes.removeFirst() != 0
@@ -192,6 +224,7 @@ public final class MigrationDestination: @unchecked Sendable {
     guard isOurs else { throw .closed }
     do throws(MigrationError) {
       try machine.takeDisks()
+      guard postCopy?.take() ?? true else { throw .closed }
     } catch {
       state.withLock { $0.phase = .abandoned }
       throw error
@@ -200,7 +233,23 @@ public final class MigrationDestination: @unchecked Sendable {
     // The source may ask again if this does not reach it.
     try? link.send(.taken)
     machine.goOn(ran)
+    postCopy?.finish()
     endLater()
+  }
+
+  /// Ends the links of a machine that runs here while its pages come, as if they had been cut; false where there is none.
+  public func pausePostCopy() -> Bool {
+    guard [.postCopyActive, .postCopyPaused].contains(progress.now.status),
+      let postCopy = state.withLock({ $0.postCopy })
+    else { return false }
+    postCopy.pause()
+    return true
+  }
+
+  /// Listens at another place, too, for a source that cannot come to the first one any more.
+  public func listenAgain(at endpoint: StreamEndpoint) throws(HostError) {
+    let other = Door(try StreamListener(endpoint))
+    _ = try HostThread(name: "incoming again") { [self] in accept(other) }
   }
 
   private static func tree(_ bytes: [UInt8]) throws(MigrationError) -> StateNode {
@@ -220,7 +269,7 @@ public final class MigrationDestination: @unchecked Sendable {
     do throws(MigrationError) {
       guard try link.receiveHeader().kind == .go else { throw .malformed(.order) }
     } catch {
-      if case .tcp = listener.endpoint {
+      if case .tcp = door.listener.endpoint {
         for _ in 0..<(Self.questionTime * 10) where state.withLock({ $0.phase }) == .ready { usleep(100_000) }
       }
       throw error
@@ -233,7 +282,7 @@ public final class MigrationDestination: @unchecked Sendable {
       sleep(UInt32(Self.questionTime))
       state.withLock { $0.isOver = true }
       // Wakes the thread that waits for links.
-      shutdown(listener.descriptor.rawValue, Int32(SHUT_RDWR))
+      shutdown(door.listener.descriptor.rawValue, Int32(SHUT_RDWR))
     }
   }
 

@@ -21,6 +21,8 @@ public enum MigrationError: Error, Equatable, CustomStringConvertible {
   case machine(String)
   /// A state that cannot be read.
   case state(StateError)
+  /// The kernel does not let this process serve its own page faults.
+  case needsFaults
   /// It was asked to end.
   case cancelled
   /// The link was cut in the one moment in which nobody can tell which side has the machine.
@@ -44,6 +46,8 @@ public enum MigrationError: Error, Equatable, CustomStringConvertible {
     case .refused(let reason): "the destination refuses: \(reason)"
     case .machine(let reason): reason
     case .state(let error): "\(error)"
+    case .needsFaults:
+      "post-copy needs userfaultfd(2), which this process may not use: run it as root, or set vm.unprivileged_userfaultfd to 1"
     case .cancelled: "the migration was cancelled"
     case .unknownOutcome(let endpoint):
       "the link to \(endpoint) was cut at the hand-over, and the machine may run there: it stays stopped here; "

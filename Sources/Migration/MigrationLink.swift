@@ -6,17 +6,31 @@ public final class MigrationLink: @unchecked Sendable {
   /// Seconds without any progress after which a link counts as cut.
   public static let patience = 60
 
+  /// Where pages that are pushed may be waited for.
+  static let postCopyRoom: Int32 = 256 << 10
+
   private let socket: FileDescriptor
 
   /// A link over a connected stream socket.
   public init(_ socket: consuming FileDescriptor, patience: Int = MigrationLink.patience) {
-    // Room for a few batches, so that the two sides work at the same time.
-    var size: Int32 = 4 << 20
-    for option in [SO_RCVBUF, SO_SNDBUF] {
-      setsockopt(socket.rawValue, SOL_SOCKET, option, &size, socklen_t(MemoryLayout<Int32>.size))
+    // A link on which nothing has to be said must be seen to be cut, too.
+    var numbers: [(Int32, Int32, Int32)] = [(SOL_SOCKET, SO_KEEPALIVE, 1)]
+    numbers += [(TCP_KEEPIDLE, 10), (TCP_KEEPINTVL, 5), (TCP_KEEPCNT, 6)].map { (Int32(IPPROTO_TCP), $0, $1) }
+    for (level, option, var value) in numbers {
+      setsockopt(socket.rawValue, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
     }
     self.socket = socket
     setPatience(patience)
+    setRoom(4 << 20)
+  }
+
+  /// How many bytes may be on their way: a few batches, so that the two sides work at the same time; fewer where somebody
+  /// waits for what comes behind them.
+  func setRoom(_ bytes: Int32) {
+    var size = bytes
+    for option in [SO_RCVBUF, SO_SNDBUF] {
+      setsockopt(socket.rawValue, SOL_SOCKET, option, &size, socklen_t(MemoryLayout<Int32>.size))
+    }
   }
 
   /// Changes the seconds without any progress after which it counts as cut.
@@ -113,10 +127,14 @@ public final class MigrationLink: @unchecked Sendable {
   }
 
   /// Receives an answer of the destination; a refusal is thrown.
-  func receiveAnswer(_ wanted: MigrationRecord.Kind) throws(MigrationError) {
+  func receiveAnswer(_ wanted: MigrationRecord.Kind) throws(MigrationError) { _ = try receivePayload(of: wanted) }
+
+  /// Receives a record of the destination's; a refusal is thrown.
+  func receivePayload(of wanted: MigrationRecord.Kind) throws(MigrationError) -> [UInt8] {
     let (kind, count) = try receiveHeader()
+    guard kind == wanted || kind == .refuse else { throw .malformed(.order) }
     let payload = try receive(count: count)
     if kind == .refuse { throw .refused(String(decoding: payload, as: UTF8.self)) }
-    guard kind == wanted else { throw .malformed(.order) }
+    return payload
   }
 }

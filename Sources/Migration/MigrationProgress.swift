@@ -6,6 +6,8 @@ public final class MigrationProgress: Sendable {
   /// What it is doing, in QEMU's words (`MigrationStatus`).
   public enum Status: String, Sendable, CaseIterable {
     case none, setup, active, device, completed, failed, cancelled
+    case postCopyActive = "postcopy-active"
+    case postCopyPaused = "postcopy-paused"
   }
 
   /// One round: the first goes over all pages, each later one over those that were written.
@@ -32,6 +34,25 @@ public final class MigrationProgress: Sendable {
     public var dirty: Int
     /// Per cent of their time that the vCPUs were kept from running.
     public var throttle: Int
+  }
+
+  /// What came of pages that the destination asked for while its machine ran.
+  public struct PostCopy: Equatable, Sendable {
+    /// Pages that were missing when it went on.
+    public var pages = 0
+    /// Those that are still to come.
+    public var left = 0
+    /// Pages that were asked for.
+    public var requests: UInt64 = 0
+    /// Pages that something waited for.
+    public var faults: UInt64 = 0
+    /// Nanoseconds from a page's being touched until it was there, of all of them.
+    public var stall: UInt64 = 0
+    /// The longest of them.
+    public var longest: UInt64 = 0
+
+    /// Nothing was asked for.
+    public init() {}
   }
 
   /// All of it.
@@ -62,6 +83,8 @@ public final class MigrationProgress: Sendable {
     public var classes: [PageClass: Int] = [:]
     /// Pages that were never sent, for nobody needs what they hold.
     public var ignored = 0
+    /// nil where the machine has not gone on without all of its pages.
+    public var postCopy: PostCopy?
   }
 
   private let state = Mutex(Snapshot())

@@ -8,9 +8,11 @@ enum MigrationRecord {
     // From the source.
     case machine = 1
     case pages, compressedPages, endOfPages, state, go
+    case postCopy, missing
     // From the destination.
     case accept = 16
     case refuse, ready, taken, notTaken
+    case wanted, request, arrived
 
     /// The longest payload.
     var limit: Int {
@@ -20,10 +22,17 @@ enum MigrationRecord {
       case .state: 256 << 20
       case .refuse: 4096
       case .endOfPages: 8
-      case .go, .accept, .ready, .taken, .notTaken: 0
+      // A bit for each of 16 TiB's pages.
+      case .missing, .wanted: 512 << 20
+      case .request: 8 * mostRequests
+      case .arrived: 24
+      case .go, .postCopy, .accept, .ready, .taken, .notTaken: 0
       }
     }
   }
+
+  /// Pages that are asked for at once.
+  static let mostRequests = 512
 
   static func header(_ kind: Kind, count: Int) -> [UInt8] {
     var writer = StateWriter()
@@ -33,17 +42,26 @@ enum MigrationRecord {
   }
 }
 
+extension UInt64 {
+  /// Eight bytes of a record.
+  init(littleEndian bytes: some BidirectionalCollection<UInt8>) {
+    self = bytes.reversed().reduce(0) { $0 << 8 | UInt64($1) }
+  }
+}
+
 /// What a source says first on every link.
 struct MigrationGreeting: Equatable {
   static let magic: [UInt8] = Array("SWVMMIGR".utf8)
   static let size = 40
-  static let mostLinks = 16
+  static let mostLinks = 17
 
   enum Purpose: UInt32 {
     /// A machine comes.
     case move
     /// Who has the machine of this session?
     case question
+    /// Pages that the destination goes on without: all links but the last bring them in their order, the last when asked.
+    case postCopy
   }
 
   var purpose: Purpose

@@ -25,6 +25,11 @@ public final class MigrationSource: Sendable {
     /// From here on it cannot be undone.
     var isHandedOver = false
     var links: [MigrationLink] = []
+    /// The machine is to go on there with the pages that it has.
+    var wantsPostCopy = false
+    var postCopy: PostCopySource?
+    /// Nobody can tell where the machine is, but somebody has said that it is not there.
+    var isReclaimed = false
   }
 
   /// A migration that has not begun.
@@ -46,6 +51,38 @@ public final class MigrationSource: Sendable {
       guard !control.isHandedOver else { return false }
       control.isCancelled = true
       for link in control.links { link.shut() }
+      return true
+    }
+  }
+
+  /// Has the machine go on there as soon as it can, its pages after it; false where it was not prepared for that.
+  public func startPostCopy() -> Bool {
+    control.withLock { control in
+      guard parameters.mayPostCopy else { return false }
+      control.wantsPostCopy = true
+      return true
+    }
+  }
+
+  /// Cuts the links of a machine that runs there while its pages follow; false where there is none.
+  public func pausePostCopy() -> Bool { withPostCopy { $0.pause() } }
+
+  /// Goes on after `pausePostCopy` or where the links were cut; `endpoint` is where the destination listens by now.
+  public func resumePostCopy(_ endpoint: StreamEndpoint) -> Bool { withPostCopy { $0.resume(endpoint) } }
+
+  private func withPostCopy(_ body: (PostCopySource) -> Void) -> Bool {
+    guard [.postCopyActive, .postCopyPaused].contains(progress.now.status),
+      let postCopy = control.withLock({ $0.postCopy })
+    else { return false }
+    body(postCopy)
+    return true
+  }
+
+  /// Says that the machine does not run there, where the source cannot find out and goes on asking; false where it does not.
+  public func reclaim() -> Bool {
+    control.withLock { control in
+      guard progress.now.status == .postCopyPaused, !control.isReclaimed else { return false }
+      control.isReclaimed = true
       return true
     }
   }
@@ -74,6 +111,10 @@ public final class MigrationSource: Sendable {
     let links = try connect()
     try links[0].send(.machine, machine.description().encoded())
     try links[0].receiveAnswer(.accept)
+    if parameters.mayPostCopy {
+      try links[0].send(.postCopy)
+      try links[0].receiveAnswer(.accept)
+    }
     try machine.startDirtyTracking()
     defer {
       machine.throttle(0)
@@ -89,18 +130,21 @@ public final class MigrationSource: Sendable {
     }
     var dirty = try sendAll(sender, started)
     var convergence = Convergence(limit: parameters.downtimeLimit, mayThrottle: parameters.mayThrottle)
-    while true {
+    while !wantsPostCopy {
       let last = progress.now.rounds[progress.now.rounds.count - 1]
       let decision = convergence.decide(
         Convergence.Round(pages: last.pages, nanoseconds: last.nanoseconds, dirty: dirty.count))
       tell(convergence, last)
       guard case .goOn(let throttle) = decision else { break }
+      if convergence.stalled >= Convergence.patience, startPostCopy() { break }
       machine.throttle(throttle)
       dirty = try sendRound(sender, started, dirty, throttle: throttle)
     }
     machine.throttle(0)
-    try handOver(sender, links, dirty, started)
+    try handOver(sender, links, dirty, started, trace)
   }
+
+  private var wantsPostCopy: Bool { control.withLock { $0.wantsPostCopy } }
 
   private func connect() throws(MigrationError) -> [MigrationLink] {
     var links: [MigrationLink] = []
@@ -131,14 +175,20 @@ public final class MigrationSource: Sendable {
       throw .machine("there is no order \(parameters.order)")
     }
     var lastLook = monotonicNanoseconds()
+    var rest = PageSet(pages: later.words.count << 6)
+    var goesOn = !wantsPostCopy
     while let run = order.next() {
       for pages in run.pages.pieces(of: PageSender.piece) {
+        guard goesOn else {
+          rest.insert(pages)
+          continue
+        }
         let now = monotonicNanoseconds()
         if now - lastLook > Self.lookInterval {
           try sender.sendWaiting()
           later.formUnion(try machine.takeDirtyPages())
           lastLook = monotonicNanoseconds()
-          try pace(sender, started)
+          goesOn = try pace(sender, started)
         }
         try sender.add(OrderedRun(pages: pages, iteration: run.iteration, pageClass: run.pageClass)) {
           !isLinear && later[$0]
@@ -147,6 +197,7 @@ public final class MigrationSource: Sendable {
     }
     try sender.sendWaiting()
     later.formUnion(try machine.takeDirtyPages())
+    later.formUnion(sender.notZeros(of: rest).words)
     progress.update {
       $0.classes = classes.counts
       $0.ignored = parameters.order == ClassedOrder.name ? classes.counts[.ignored] ?? 0 : 0
@@ -169,8 +220,8 @@ public final class MigrationSource: Sendable {
     _ sender: PageSender, _ started: UInt64, _ pages: PageSet, throttle: Int
   ) throws(MigrationError) -> PageSet {
     let round = sender.begin(round: progress.now.rounds.count + 1, started)
-    try sender.addAgain(pages) { () throws(MigrationError) in try pace(sender, started) }
-    let dirty = PageSet(try machine.takeDirtyPages())
+    var dirty = try sender.addAgain(pages) { () throws(MigrationError) in try pace(sender, started) }
+    dirty.formUnion(try machine.takeDirtyPages())
     finish(round, sender, dirty, throttle: throttle)
     return dirty
   }
@@ -185,18 +236,20 @@ public final class MigrationSource: Sendable {
     }
   }
 
-  /// Keeps to the bandwidth, and notices that it was cancelled.
-  private func pace(_ sender: PageSender, _ started: UInt64) throws(MigrationError) {
+  /// Keeps to the bandwidth, and notices that it was cancelled; false where the rest is to come once the machine is there.
+  private func pace(_ sender: PageSender, _ started: UInt64) throws(MigrationError) -> Bool {
     progress.update {
       $0.bytes = sender.bytes
       $0.total = monotonicNanoseconds() - started
     }
     while true {
-      if control.withLock({ $0.isCancelled }) { throw .cancelled }
-      guard parameters.bandwidth > 0 else { return }
+      let (isCancelled, wantsPostCopy) = control.withLock { ($0.isCancelled, $0.wantsPostCopy) }
+      if isCancelled { throw .cancelled }
+      if wantsPostCopy { return false }
+      guard parameters.bandwidth > 0 else { return true }
       let due = Double(sender.bytes) / Double(parameters.bandwidth) * 1e9
       let wait = due - Double(monotonicNanoseconds() - started)
-      guard wait > 0 else { return }
+      guard wait > 0 else { return true }
       usleep(UInt32(min(wait / 1000, 50_000)) + 1)
     }
   }
@@ -215,55 +268,120 @@ public final class MigrationSource: Sendable {
   // MARK: Hand-over
 
   private func handOver(
-    _ sender: PageSender, _ links: [MigrationLink], _ dirty: PageSet, _ started: UInt64
+    _ sender: PageSender, _ links: [MigrationLink], _ dirty: PageSet, _ started: UInt64, _ trace: MigrationTrace?
   ) throws(MigrationError) {
+    let postCopy = wantsPostCopy ? try makePostCopy(sender, trace) : nil
     let stopped = monotonicNanoseconds()
     progress.update { $0.status = .device }
-    let (state, ran) = try machine.leave()
+    let ran: Bool
     do throws(MigrationError) {
-      let round = sender.begin(round: progress.now.rounds.count + 1, started)
-      var last = dirty
-      last.formUnion(try machine.takeDirtyPages())
-      try sender.addAgain(last) {}
-      try sender.endPages()
-      finish(round, sender, PageSet(pages: 0), throttle: 0)
-      try links[0].send(.state, [ran ? 1 : 0] + state.encoded())
-      try links[0].receiveAnswer(.ready)
-      try machine.releaseDisks()
-      let isCancelled = control.withLock { control in
-        control.isHandedOver = !control.isCancelled
-        return control.isCancelled
+      let state: StateNode
+      (state, ran) = try machine.leave()
+      do throws(MigrationError) {
+        try sendLast(sender, links, dirty, started, isPostCopy: postCopy != nil)
+        try links[0].send(.state, [ran ? 1 : 0] + state.encoded())
+        try links[0].receiveAnswer(.ready)
+        try machine.releaseDisks()
+        let isCancelled = control.withLock { control in
+          control.isHandedOver = !control.isCancelled
+          return control.isCancelled
+        }
+        if isCancelled { throw MigrationError.cancelled }
+      } catch {
+        try machine.comeBack(ran)
+        throw error
       }
-      if isCancelled { throw MigrationError.cancelled }
+      do throws(MigrationError) {
+        try links[0].send(.go)
+        try links[0].receiveAnswer(.taken)
+      } catch {
+        try settle(error, ran, mayGiveUp: postCopy == nil)
+      }
     } catch {
-      try machine.comeBack(ran)
+      postCopy?.giveUp()
       throw error
-    }
-    do throws(MigrationError) {
-      try links[0].send(.go)
-      try links[0].receiveAnswer(.taken)
-    } catch {
-      try settle(error, ran)
     }
     machine.stayAway()
     progress.update { $0.downtime = monotonicNanoseconds() - stopped }
     for link in links { link.shut() }
+    if let postCopy { finish(postCopy, started) }
   }
 
-  /// The destination was told to go on and has not answered. Returns where it has the machine.
-  private func settle(_ error: MigrationError, _ ran: Bool) throws(MigrationError) {
-    switch MigrationQuestion(endpoint, session).ask() {
-    case .taken: return
-    case .notTaken:
-      try machine.comeBack(ran)
-      throw error
-    case .unknown:
-      if case .refused = error {
+  /// What the machine has written since the round before, or its page numbers.
+  private func sendLast(
+    _ sender: PageSender, _ links: [MigrationLink], _ dirty: PageSet, _ started: UInt64, isPostCopy: Bool
+  ) throws(MigrationError) {
+    var last = dirty
+    last.formUnion(try machine.takeDirtyPages())
+    if isPostCopy {
+      try sender.endPages()
+      progress.update {
+        $0.postCopy = MigrationProgress.PostCopy()
+        $0.postCopy?.pages = last.count
+        $0.postCopy?.left = last.count
+      }
+      return try links[0].send(.missing, last.bytes)
+    }
+    let round = sender.begin(round: progress.now.rounds.count + 1, started)
+    _ = try sender.addAgain(last) { true }
+    try sender.endPages()
+    finish(round, sender, PageSet(pages: 0), throttle: 0)
+  }
+
+  /// The destination was told to go on and has not answered. Returns where it has the machine. Where its pages are here it
+  /// is asked for as long as nobody says that it is not there.
+  private func settle(_ error: MigrationError, _ ran: Bool, mayGiveUp: Bool) throws(MigrationError) {
+    while true {
+      switch MigrationQuestion(endpoint, session).ask() {
+      case .taken: return
+      case .notTaken:
+        try machine.comeBack(ran)
+        throw error
+      case .unknown:
+        if case .refused = error {
+          try machine.comeBack(ran)
+          throw error
+        }
+        if mayGiveUp {
+          machine.stayAway()
+          throw .unknownOutcome(endpoint)
+        }
+      }
+      progress.update {
+        $0.status = .postCopyPaused
+        $0.error = "\(MigrationError.unknownOutcome(endpoint))"
+      }
+      if control.withLock({ $0.isReclaimed }) {
         try machine.comeBack(ran)
         throw error
       }
-      machine.stayAway()
-      throw .unknownOutcome(endpoint)
+    }
+  }
+
+  // MARK: Post-copy
+
+  /// Connects before the machine stops.
+  private func makePostCopy(_ sender: PageSender, _ trace: MigrationTrace?) throws(MigrationError) -> PostCopySource {
+    let round = progress.now.rounds.count + 1
+    _ = sender.begin(round: round, 0)
+    let postCopy = try PostCopySource(
+      machine.memory, to: endpoint, parameters, session: session, progress, trace,
+      PostCopySource.Place(round: round, iteration: sender.iteration))
+    control.withLock { $0.postCopy = postCopy }
+    return postCopy
+  }
+
+  private func finish(_ postCopy: PostCopySource, _ started: UInt64) {
+    let begun = monotonicNanoseconds()
+    postCopy.finish()
+    let counts = postCopy.counts
+    progress.update {
+      $0.rounds.append(
+        MigrationProgress.Round(
+          number: $0.rounds.count + 1, start: begun - started, nanoseconds: monotonicNanoseconds() - begun,
+          pages: counts.pages, zeros: counts.zeros, whole: counts.whole, changed: counts.changed, bytes: counts.bytes,
+          classes: [.other: counts.pages], dirty: 0, throttle: 0))
+      $0.bytes += counts.bytes
     }
   }
 }

@@ -9,19 +9,25 @@ final class PageDecoder {
   private let pages: UInt64
   private let buffer: UnsafeMutableRawPointer
   private let packed: UnsafeMutableRawPointer
+  /// Where pages go that something may wait for; nil: into RAM.
+  private let arriving: ArrivingPages?
+  private let page: UnsafeMutableRawPointer
   private(set) var batches: UInt64 = 0
 
-  init(_ link: MigrationLink, _ memory: GuestMemory) {
+  init(_ link: MigrationLink, _ memory: GuestMemory, _ arriving: ArrivingPages? = nil) {
     self.link = link
+    self.arriving = arriving
     self.memory = memory
     pages = memory.size >> 12
     buffer = .allocate(byteCount: PageBatch.limit, alignment: 64)
     packed = .allocate(byteCount: PageBatch.limit, alignment: 64)
+    page = .allocate(byteCount: PageBatch.pageSize, alignment: PageBatch.pageSize)
   }
 
   deinit {
     buffer.deallocate()
     packed.deallocate()
+    page.deallocate()
   }
 
   /// Takes the payload of a record of pages.
@@ -57,12 +63,23 @@ final class PageDecoder {
         let run = UInt64(UInt32(littleEndian: (buffer + place).loadUnaligned(as: UInt32.self)))
         place += 4
         guard run <= pages - page else { throw .malformed(.pages) }
-        clear(page, run)
+        if let arriving { try arriving.putZeros(Int(page)..<Int(page + run)) } else { clear(page, run) }
       case .whole:
         guard count - place >= PageBatch.pageSize else { throw .malformed(.pages) }
-        memcpy(host(page), buffer + place, PageBatch.pageSize)
+        if let arriving {
+          try arriving.put(buffer + place, Int(page))
+        } else {
+          memcpy(host(page), buffer + place, PageBatch.pageSize)
+        }
         place += PageBatch.pageSize
-      case .words: try change(host(page), &place, count)
+      case .words:
+        guard let arriving else {
+          try change(host(page), &place, count)
+          continue
+        }
+        memset(self.page, 0, PageBatch.pageSize)
+        try change(self.page, &place, count)
+        try arriving.put(self.page, Int(page))
       }
     }
   }

@@ -19,6 +19,12 @@ final class PageEncoder {
       left.changed += right.changed
       left.bytes += right.bytes
     }
+
+    static func - (left: Counts, right: Counts) -> Counts {
+      Counts(
+        pages: left.pages - right.pages, zeros: left.zeros - right.zeros, whole: left.whole - right.whole,
+        changed: left.changed - right.changed, bytes: left.bytes - right.bytes)
+    }
   }
 
   private let link: MigrationLink

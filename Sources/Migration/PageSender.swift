@@ -107,25 +107,34 @@ final class PageSender: @unchecked Sendable {
     try put(first..<run.pages.upperBound, run, isAgain: false)
   }
 
-  /// Pages that were written, and so go again or at last; `between` is called now and then.
+  /// The iteration of pages that go again, or at last, in this round.
+  var iteration: Int { lastIteration + round - 1 }
+
+  /// Pages that were written, and so go again or at last, until `goesOn` says no, which is asked now and then. Returns those
+  /// that have not gone.
   func addAgain(
-    _ pages: PageSet, between: () throws(MigrationError) -> Void
-  ) throws(MigrationError) {
-    let iteration = lastIteration + round - 1
-    for (index, word) in pages.words.enumerated() where word != 0 {
-      var rest = word
-      while rest != 0 {
-        let first = rest.trailingZeroBitCount
-        let count = (~(rest >> UInt64(first))).trailingZeroBitCount
-        let run = index << 6 + first..<index << 6 + first + count
-        rest = first + count == 64 ? 0 : rest & (UInt64.max << UInt64(first + count))
-        used.insert(run)
+    _ pages: PageSet, while goesOn: () throws(MigrationError) -> Bool
+  ) throws(MigrationError) -> PageSet {
+    var rest = pages
+    var isOver = false
+    try pages.forEachRun { run throws(MigrationError) in
+      for piece in run.pieces(of: Self.piece) where !isOver {
+        used.insert(piece)
+        rest.remove(piece)
         let isFull = waitingPages >= Self.most
-        try put(run, OrderedRun(pages: run, iteration: iteration, pageClass: .other), isAgain: true)
-        if isFull { try between() }
+        try put(piece, OrderedRun(pages: piece, iteration: iteration, pageClass: .other), isAgain: true)
+        if isFull { isOver = try !goesOn() }
       }
     }
     try sendWaiting(isAgain: true)
+    return rest
+  }
+
+  /// Those of pages that have never gone which may hold anything but zeros.
+  func notZeros(of pages: PageSet) -> PageSet {
+    var result = pages
+    result.formIntersection(used)
+    return result
   }
 
   private func put(_ pages: Range<Int>, _ run: OrderedRun, isAgain: Bool) throws(MigrationError) {

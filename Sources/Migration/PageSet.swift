@@ -21,4 +21,43 @@ struct PageSet: Sendable {
   mutating func formUnion(_ other: [UInt64]) {
     for index in words.indices where index < other.count { words[index] |= other[index] }
   }
+
+  mutating func formIntersection(_ other: PageSet) {
+    for index in words.indices { words[index] &= index < other.words.count ? other.words[index] : 0 }
+  }
+
+  /// Runs of pages that follow one another, as long as they are.
+  func forEachRun<Failure: Error>(_ body: (Range<Int>) throws(Failure) -> Void) throws(Failure) {
+    var run = 0..<0
+    for (index, word) in words.enumerated() where word != 0 {
+      var rest = word
+      while rest != 0 {
+        let first = rest.trailingZeroBitCount
+        let count = (~(rest >> UInt64(first))).trailingZeroBitCount
+        rest = first + count == 64 ? 0 : rest & (UInt64.max << UInt64(first + count))
+        let start = index << 6 + first
+        if start != run.upperBound {
+          if !run.isEmpty { try body(run) }
+          run = start..<start
+        }
+        run = run.lowerBound..<start + count
+      }
+    }
+    if !run.isEmpty { try body(run) }
+  }
+
+  /// As it stands in a record.
+  var bytes: [UInt8] {
+    words.map(\.littleEndian).withUnsafeBytes { Array($0) }
+  }
+
+  /// What a record has said of so many pages; anything beyond them is left out.
+  init(_ bytes: [UInt8], pages: Int) throws(MigrationError) {
+    self.init(pages: pages)
+    guard bytes.count == words.count * 8 else { throw .malformed(.pages) }
+    for index in words.indices {
+      words[index] = UInt64(littleEndian: bytes[index * 8..<index * 8 + 8])
+    }
+    if pages & 63 != 0 { words[words.count - 1] &= 1 << UInt64(pages & 63) - 1 }
+  }
 }

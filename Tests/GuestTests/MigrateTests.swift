@@ -1,6 +1,14 @@
 import Foundation
 import Testing
 
+/// Whether pages can be waited for on this host.
+enum PostCopyHost {
+  static let hasFaults: Bool = {
+    let isForAll = try? String(contentsOfFile: "/proc/sys/vm/unprivileged_userfaultfd", encoding: .utf8)
+    return isForAll?.hasPrefix("1") ?? false || isForAll != nil && geteuid() == 0
+  }()
+}
+
 /// Machines that move to another process while their guests run. `SWIFTVMM_MOVES` and `SWIFTVMM_KILLS` set how often.
 @Suite(
   .enabled(
@@ -79,6 +87,97 @@ struct MigrateTests {
     }
     try machine.execute("quit")
     #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+  }
+
+  /// The same where the guest goes on before its pages have come, which it then waits for.
+  @Test(.enabled(if: PostCopyHost.hasFaults, "userfaultfd(2) is not to be had here"), arguments: engines, [1, 2])
+  func aGuestGoesOnBeforeItsPages(engine: String, cpus: Int) throws {
+    let folder = try TemporaryFolder()
+    let arguments = dirty(engine, cpus: cpus)
+    var machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    var faults: UInt64 = 0
+    for index in 0..<Self.moves {
+      let uri = index % 2 == 0 ? "unix:\(folder.path)/move" : "tcp:127.0.0.1:\(try freePort())"
+      let next = try destination(arguments, at: uri)
+      try set(machine, Self.ways[index % Self.ways.count])
+      try machine.execute(
+        "migrate-set-capabilities", ["capabilities": [["capability": "postcopy-ram", "state": true]]])
+      // What nobody asks for comes slowly, and half of the moves begin so with the first page.
+      try machine.execute("migrate-set-parameters", ["max-postcopy-bandwidth": 256 << 20])
+      try machine.execute("migrate", ["uri": uri])
+      if index % 4 < 2 { try machine.execute("migrate-start-postcopy") }
+      while try state(machine)["ram"] == nil || status(machine) == "setup" { usleep(500) }
+      try machine.execute("migrate-start-postcopy")
+      if index == 0 {
+        // Until all pages are there it cannot be saved.
+        _ = try next.event("MIGRATION") { $0["status"] as? String == "postcopy-active" }
+        let reason = try? next.refusal("x-swiftvmm-save", ["file": folder.path + "/saved"])
+        #expect(reason?.contains("pages of the machine are still to come") ?? true, "\(reason ?? "")")
+        if status(machine) == "postcopy-active" {
+          let refusal = try machine.refusal("migrate_cancel")
+          #expect(refusal.contains("has been handed over"), "\(refusal)")
+        }
+      }
+      while ["setup", "active", "device", "postcopy-active"].contains(status(machine)) { usleep(5000) }
+      let result = try state(machine)
+      try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
+      let own = try #require(result["x-swiftvmm"] as? [String: Any])
+      faults += (own["postcopy"] as? [String: Any])?["faults"] as? UInt64 ?? 0
+      #expect(next.waitFor("dirty: pass", count: 2), "move \(index): \(next.text)")
+      #expect(!next.text.contains("FAIL"), "move \(index): \(next.text)")
+      let before = passes(machine)
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+      #expect(passes(machine) == before)
+      machine = next
+    }
+    #expect(faults > 0)
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+  }
+
+  /// A writing guest whose links are cut while its pages come stands until they are there again, and loses nothing.
+  @Test(.enabled(if: PostCopyHost.hasFaults, "userfaultfd(2) is not to be had here"), arguments: engines)
+  func cutLinksAreMended(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let disk = folder.path + "/disk.qcow2"
+    try #require(try hostTool(VMM.path, "disk", "create", "-q", "-f", "qcow2", disk, "32M").status == 0)
+    let records = "records=200 flush=10 sectors=16"
+    let arguments = [
+      "disk", "--engine", engine, "--memory", "64M", "--time-limit", "600", "--disk", disk,
+      "--append", "mode=rewrite passes=100000 \(records)",
+    ]
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("flushed 200"), "\(machine.text)")
+    let uri = "unix:\(folder.path)/move"
+    let next = try destination(arguments, at: uri)
+    try machine.execute(
+      "migrate-set-capabilities", ["capabilities": [["capability": "postcopy-ram", "state": true]]])
+    try machine.execute("migrate-set-parameters", ["max-postcopy-bandwidth": 1 << 20, "multifd-channels": 1])
+    try machine.execute("migrate", ["uri": uri])
+    try machine.execute("migrate-start-postcopy")
+    while ["setup", "active", "device"].contains(status(machine)) { usleep(500) }
+    try machine.execute("migrate-pause")
+    _ = try next.event("MIGRATION") { $0["status"] as? String == "postcopy-paused" }
+    _ = try machine.event("MIGRATION") { $0["status"] as? String == "postcopy-paused" }
+    let lost = try machine.refusal("migrate", ["uri": uri])
+    #expect(lost.contains("migration process in progress"), "\(lost)")
+    let other = "unix:\(folder.path)/other"
+    try next.execute("migrate-recover", ["uri": other])
+    try machine.execute("migrate-set-parameters", ["max-postcopy-bandwidth": 0])
+    try machine.execute("migrate", ["uri": other, "resume": true])
+    while status(machine).hasPrefix("postcopy") { usleep(5000) }
+    let end = try state(machine)
+    #expect(end["status"] as? String == "completed", "\(end)")
+    let count = next.text.components(separatedBy: "flushed").count
+    #expect(next.waitFor("flushed", count: count + 20), "\(next.text)")
+    #expect(!next.text.contains("FAIL"), "\(next.text)")
+    try machine.execute("quit")
+    #expect(machine.waitUntilExit() == 0)
+    try next.execute("quit")
+    #expect(next.waitUntilExit() == 0, "\(next.text.suffix(2000))")
+    try verify(disk, machine.text + next.text, records)
   }
 
   /// What a guest has written to its disk, and was told so, is there after every move.
@@ -254,6 +353,8 @@ struct MigrateTests {
     let folder = try TemporaryFolder()
     let machine = try RunningVMM(dirty(engine, cpus: 1))
     #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    let early = try machine.refusal("migrate-start-postcopy")
+    #expect(early.contains("use migrate first"), "\(early)")
     let nonsense = try machine.refusal("migrate", ["uri": "nonsense"])
     #expect(nonsense.contains("is neither unix:PATH nor HOST:PORT"), "\(nonsense)")
     let nobody = try move(machine, to: "unix:\(folder.path)/nobody")
@@ -361,6 +462,10 @@ struct MigrateTests {
     }
     print("\(engine): after \(Self.kills) kills: \(ends)")
     #expect(ends.values.reduce(0, +) == Self.kills)
+  }
+
+  private func state(_ machine: RunningVMM) throws -> [String: Any] {
+    try #require(try machine.execute("query-migrate") as? [String: Any])
   }
 
   private func status(_ machine: RunningVMM) -> String {

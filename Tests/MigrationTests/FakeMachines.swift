@@ -30,6 +30,8 @@ final class FakeSource: MigratingMachine, @unchecked Sendable {
   private(set) var state = State.running
   private(set) var hasDisks = true
   private(set) var everWritten: [Bool]
+  /// Words of pages that are found written whenever somebody looks.
+  var alwaysWritten = 0..<0
   var onClasses: () -> Void = {}
   private let mayWrite = Atomic(true)
   private let isIdle = Condition(true)
@@ -77,7 +79,11 @@ final class FakeSource: MigratingMachine, @unchecked Sendable {
 
   func description() -> StateNode { StateNode("fake", version: 1) }
   func startDirtyTracking() { memory.dirty.setTracking(true) }
-  func takeDirtyPages() -> [UInt64] { memory.dirty.take() }
+  func takeDirtyPages() -> [UInt64] {
+    var pages = memory.dirty.take()
+    for word in alwaysWritten where word < pages.count { pages[word] = .max }
+    return pages
+  }
   func stopDirtyTracking() { memory.dirty.setTracking(false) }
   func throttle(_ percent: Int) {}
 
@@ -116,6 +122,8 @@ final class FakeDestination: ArrivingMachine, @unchecked Sendable {
 
   let memory: GuestMemory
   var refusesDisks = false
+  /// Called once it runs.
+  var onGoOn: () -> Void = {}
   private(set) var state = State.empty
   private(set) var hasDisks = false
   private(set) var received: StateNode?
@@ -134,7 +142,10 @@ final class FakeDestination: ArrivingMachine, @unchecked Sendable {
     if refusesDisks { throw .machine("no disks here") }
     hasDisks = true
   }
-  func goOn(_ ran: Bool) { state = .running }
+  func goOn(_ ran: Bool) {
+    state = .running
+    onGoOn()
+  }
 }
 
 /// A folder for sockets, whose paths are short.
@@ -150,17 +161,20 @@ final class TestFolder {
 }
 
 /// Stands between source and destination: passes so many bytes of the first connection on, then cuts it. Later ones, with
-/// which the source asks who has the machine, go through.
+/// which the source asks who has the machine, go through. With `cutsAll`, bytes of all connections count, and all are cut, once.
 final class Proxy: @unchecked Sendable {
   private let listener: StreamListener
   private let target: StreamEndpoint
   private let state = Mutex((passed: 0, recorded: [UInt8](), connections: 0))
   private let limit: Int?
+  private let cutsAll: Bool
+  private let open = Mutex<[Int32]>([])
 
   var passed: Int { state.withLock { $0.passed } }
   var recorded: [UInt8] { state.withLock { $0.recorded } }
 
-  init(to target: String, at path: String, limit: Int?) throws {
+  init(to target: String, at path: String, limit: Int?, cutsAll: Bool = false) throws {
+    self.cutsAll = cutsAll
     listener = try StreamListener(StreamEndpoint.unix(path: path))
     self.target = .unix(path: target)
     self.limit = limit
@@ -179,6 +193,7 @@ final class Proxy: @unchecked Sendable {
       state.connections += 1
       return state.connections == 1
     }
+    self.open.withLock { $0 += [client, server] }
     let open = Condition(2)
     func pass(_ from: Int32, _ to: Int32, _ counts: Bool) {
       _ = try? HostThread(name: "pass") { [self] in
@@ -187,7 +202,9 @@ final class Proxy: @unchecked Sendable {
           var count = got
           if counts {
             count = state.withLock { state in
-              let count = limit.map { min(got, max(0, $0 - state.passed)) } ?? got
+              var count = limit.map { min(got, max(0, $0 - state.passed)) } ?? got
+              // What has been cut once stays.
+              if cutsAll, let limit, state.passed >= limit { count = got }
               state.passed += count
               if limit == nil { state.recorded += buffer[..<count] }
               return count
@@ -196,20 +213,20 @@ final class Proxy: @unchecked Sendable {
           if count > 0, send(to, buffer, count, Int32(MSG_NOSIGNAL)) != count { break }
           if count < got {
             // Both directions at once.
-            shutdown(client, Int32(SHUT_RDWR))
-            shutdown(server, Int32(SHUT_RDWR))
+            for socket in cutsAll ? self.open.withLock({ $0 }) : [client, server] { shutdown(socket, Int32(SHUT_RDWR)) }
           }
         }
         shutdown(to, Int32(SHUT_WR))
         if open.withLock({
           $0 -= 1; return $0
         }) == 0 {
+          self.open.withLock { $0.removeAll { [client, server].contains($0) } }
           close(client)
           close(server)
         }
       }
     }
-    pass(client, server, isFirst)
+    pass(client, server, isFirst || cutsAll)
     pass(server, client, false)
   }
 }

@@ -208,3 +208,18 @@ int64_t clinux_seek_data(int file, int64_t offset);
 int64_t clinux_seek_hole(int file, int64_t offset);
 /// O_DIRECT.
 extern const int clinux_direct_flag;
+
+// userfaultfd(2): threads that touch a page that is not there wait until it is put there. -1 and errno on failure.
+
+/// A non-blocking descriptor that is told of the kernel's own accesses, too.
+int clinux_user_faults(void);
+/// Begins for a mapping of a memory file, and ends; whoever waits then goes on.
+int clinux_user_faults_begin(int file, void *start, uint64_t length);
+int clinux_user_faults_end(int file, void *start, uint64_t length);
+/// Has whoever waits for these pages look again.
+int clinux_user_faults_wake(int file, void *start, uint64_t length);
+/// Puts pages there and wakes who waits for them.
+int clinux_user_faults_copy(int file, void *page, const void *bytes, uint64_t length);
+int clinux_user_faults_zero(int file, void *page, uint64_t length);
+/// Addresses of accesses that wait and were not told yet; 0 where there are none.
+int clinux_user_faults_take(int file, uint64_t *addresses, int capacity);

@@ -30,6 +30,8 @@ struct MigrateBenchmark {
     var total: [Double] = []
     var downtime: [Double] = []
     var sent: [Double] = []
+    /// The longest that something waited for a page, with post-copy.
+    var stalls: [Double] = []
   }
 
   private struct Side {
@@ -53,6 +55,15 @@ struct MigrateBenchmark {
         var theirs: Figures?
         do { theirs = try moves(qemu, load) } catch { table.notes.append("QEMU left out for \(load.name): \(error)") }
         add(load.name, [ours, theirs], &table)
+      }
+      for load in Self.loads.dropFirst() {
+        let ours = try moves(Self.ours(guest, "classed"), load, isPostCopy: true)
+        var theirs: Figures?
+        do { theirs = try moves(qemu, load, isPostCopy: true) } catch {
+          table.notes.append("QEMU's post-copy left out for \(load.name): \(error)")
+        }
+        add("\(load.name), post-copy", [ours, theirs], &table)
+        table.add("\(load.name), post-copy: longest wait for a page ms", [Samples(ours.stalls), nil])
       }
       for order in ["classed", "linear"] {
         add("\(Self.mixed.name), \(order) order", [try moves(Self.ours(guest, order), Self.mixed), nil], &table)
@@ -106,7 +117,8 @@ struct MigrateBenchmark {
 
   // MARK: Moves
 
-  private func moves(_ side: Side, _ load: Load) throws -> Figures {
+  /// With `isPostCopy` the guest goes on there at once, with none of its pages.
+  private func moves(_ side: Side, _ load: Load, isPostCopy: Bool = false) throws -> Figures {
     var figures = Figures()
     for _ in 0..<min(runs, 5) {
       let folder = try TemporaryDirectory()
@@ -122,14 +134,27 @@ struct MigrateBenchmark {
       }
       var client = try QMPClient.connect(to: .unix(path: here))
       _ = try client.execute("migrate-set-parameters", side.parameters)
+      let capabilities: JSONObject = ["capabilities": [["capability": "postcopy-ram", "state": .bool(isPostCopy)]]]
+      _ = try client.execute("migrate-set-capabilities", capabilities)
+      if isPostCopy {
+        // QEMU wants both sides to know.
+        var other = try QMPClient.connect(to: .unix(path: there))
+        _ = try other.execute("migrate-set-capabilities", capabilities)
+      }
       _ = try client.execute("migrate", ["uri": .string(uri)])
+      if isPostCopy { _ = try client.execute("migrate-start-postcopy") }
       let state = try end(&client)
       guard let total = side.total(state), let downtime = side.downtime(state),
-        let sent = state["ram"]?.objectValue?["transferred"]?.numberValue
+        let sent = state["ram"]?.objectValue?["transferred"]?.numberValue,
+        // After post-copy QEMU 7.2 sometimes tells the time since the machine's start.
+        downtime <= total
       else { continue }
       figures.total.append(total)
       figures.downtime.append(downtime)
       figures.sent.append(sent / Double(1 << 20))
+      if let stall = state["x-swiftvmm"]?["postcopy"]?["longest-stall-us"]?.numberValue {
+        figures.stalls.append(stall / 1000)
+      }
     }
     return figures
   }

@@ -17,7 +17,7 @@ final class IncomingMachine: Sendable {
     } catch {
       throw .host(error)
     }
-    control.follow(destination.progress)
+    control.follow(destination)
   }
 
   /// Takes the machine on a thread of its own; `failed` is called where it does not come.

@@ -48,6 +48,11 @@ struct MigrateCommand: ParsableCommand {
   @Flag(help: "Slow the vCPUs down where they write faster than the links carry.")
   var autoConverge = false
 
+  @Flag(
+    name: .customLong("postcopy"),
+    help: "Have the guest go on there after the first round; what it has written since follows, first what it touches.")
+  var postCopy = false
+
   @Option(help: "Write the order of pages to a file, as JSON lines.")
   var trace: String?
 
@@ -78,7 +83,12 @@ struct MigrateCommand: ParsableCommand {
       if arguments.count > 0 { _ = try client.execute("migrate-set-parameters", arguments) }
       _ = try client.execute(
         "migrate-set-capabilities",
-        ["capabilities": [["capability": "auto-converge", "state": .bool(autoConverge)]]])
+        [
+          "capabilities": [
+            ["capability": "auto-converge", "state": .bool(autoConverge)],
+            ["capability": "postcopy-ram", "state": .bool(postCopy)],
+          ]
+        ])
       let result =
         if let copyDisks { try move(copyingTo: StreamEndpoint(copyDisks), &client) } else { try move(&client) }
       if result["status"]?.stringValue == "completed", !keep { try client.quit() }
@@ -94,7 +104,7 @@ struct MigrateCommand: ParsableCommand {
 
   private func move(_ client: inout QMPClient) throws -> JSONValue {
     _ = try client.execute("migrate", ["uri": .string(uri)])
-    return try Self.follow(&client)
+    return try Self.follow(&client, startsPostCopy: postCopy)
   }
 
   private func move(copyingTo endpoint: StreamEndpoint, _ client: inout QMPClient) throws -> JSONValue {
@@ -128,15 +138,20 @@ struct MigrateCommand: ParsableCommand {
   }
 
   /// Waits for the end, and shows how far it is where somebody looks.
-  private static func follow(_ client: inout QMPClient) throws -> JSONValue {
+  private static func follow(_ client: inout QMPClient, startsPostCopy: Bool) throws -> JSONValue {
     let isTerminal = isatty(STDERR_FILENO) == 1
+    var startsPostCopy = startsPostCopy
     var told: String?
     while true {
       let state = try client.execute("query-migrate")
       if isTerminal { show(state) }
-      if let stall = state["x-swiftvmm"]?["stall"]?.stringValue, told == nil {
-        told = stall
-        printError("\(isTerminal ? "\r" : "")swiftvmm: \(stall)")
+      if let reason = MoveTrouble(state)?.description, told != reason {
+        told = reason
+        printError("\(isTerminal ? "\r" : "")swiftvmm: \(reason)")
+      }
+      if startsPostCopy, state["ram"]?["dirty-sync-count"]?.unsignedValue ?? 0 > 0 {
+        startsPostCopy = false
+        _ = try client.execute("migrate-start-postcopy")
       }
       switch state["status"]?.stringValue {
       case "completed", "failed", "cancelled":
@@ -161,7 +176,34 @@ struct MigrateCommand: ParsableCommand {
     let downtime = Double(own?["downtime-us"]?.unsignedValue ?? 0) / 1000
     let rounds = own?["rounds"]?.arrayValue?.count ?? 0
     let time = result["total-time"]?.unsignedValue ?? 0
-    return "moved in \(time) ms: \(bytes >> 20) MiB in \(rounds) rounds; the guest stood for \(downtime.tenths) ms"
+    let line = "moved in \(time) ms: \(bytes >> 20) MiB in \(rounds) rounds; the guest stood for \(downtime.tenths) ms"
+    guard let postCopy = own?["postcopy"] else { return line }
+    let longest = Double(postCopy["longest-stall-us"]?.unsignedValue ?? 0) / 1000
+    let faults = postCopy["faults"]?.unsignedValue ?? 0
+    return line + " and waited for \(faults) pages, \(longest.tenths) ms at most"
+  }
+}
+
+/// What keeps a move from its end, while it goes on.
+enum MoveTrouble: CustomStringConvertible {
+  case stall(String)
+  case cut(reason: String)
+
+  init?(_ state: JSONValue) {
+    if state["status"]?.stringValue == "postcopy-paused" {
+      self = .cut(reason: state["error-desc"]?.stringValue ?? "")
+    } else if let stall = state["x-swiftvmm"]?["stall"]?.stringValue {
+      self = .stall(stall)
+    } else {
+      return nil
+    }
+  }
+
+  var description: String {
+    switch self {
+    case .stall(let reason): reason
+    case .cut(let reason): "the link was cut, it is tried again and again: \(reason)"
+    }
   }
 }
 

@@ -9,12 +9,31 @@ enum MigrationCommands {
     [
       QMPCommand(
         "migrate",
-        [.required("uri", .string), .optional("detach", .bool), .optional("blk", .bool), .optional("inc", .bool)]
+        [
+          .required("uri", .string), .optional("detach", .bool), .optional("blk", .bool), .optional("inc", .bool),
+          .optional("resume", .bool),
+        ]
       ) { _, arguments throws(MonitorError) in
         for name in ["blk", "inc"] where arguments[name]?.boolValue == true {
           throw .parameterValue(name, value: "true")
         }
-        try control.start(to: arguments.text("uri"))
+        if arguments["resume"]?.boolValue == true {
+          try control.resume(to: arguments.text("uri"))
+        } else {
+          try control.start(to: arguments.text("uri"))
+        }
+        return [:]
+      },
+      QMPCommand("migrate-start-postcopy") { _, _ throws(MonitorError) in
+        try control.startPostCopy()
+        return [:]
+      },
+      QMPCommand("migrate-pause") { _, _ throws(MonitorError) in
+        try control.pause()
+        return [:]
+      },
+      QMPCommand("migrate-recover", [.required("uri", .string)]) { _, arguments throws(MonitorError) in
+        try control.recover(at: arguments.text("uri"))
         return [:]
       },
       QMPCommand("migrate_cancel") { _, _ throws(MonitorError) in
@@ -41,6 +60,7 @@ enum MigrationCommands {
           }
           switch name {
           case "auto-converge": control.parameters.mayThrottle = isOn
+          case "postcopy-ram": control.parameters.mayPostCopy = isOn
           // They cannot be had without.
           case "multifd", "xbzrle", "events", "zero-blocks": continue
           default: if isOn { throw .parameterValue("capability", value: name) }
@@ -51,6 +71,7 @@ enum MigrationCommands {
       QMPCommand("query-migrate-capabilities", returns: .array(.any)) { _, _ in
         .array([
           ["capability": "auto-converge", "state": .bool(control.parameters.mayThrottle)],
+          ["capability": "postcopy-ram", "state": .bool(control.parameters.mayPostCopy)],
           ["capability": "multifd", "state": true], ["capability": "xbzrle", "state": true],
           ["capability": "events", "state": true],
         ])
@@ -69,7 +90,8 @@ private enum MigrationSettings {
     .optional("max-bandwidth", .integer), .optional("downtime-limit", .integer),
     .optional("multifd-channels", .integer), .optional("multifd-zstd-level", .integer),
     .optional("multifd-compression", .enumeration("MultiFDCompression", values: ["none", "zstd"])),
-    .optional("xbzrle-cache-size", .integer), .optional("x-swiftvmm-order", .string),
+    .optional("xbzrle-cache-size", .integer), .optional("max-postcopy-bandwidth", .integer),
+    .optional("x-swiftvmm-order", .string),
     .optional("x-swiftvmm-trace", .string),
   ]
 
@@ -82,6 +104,7 @@ private enum MigrationSettings {
       return number
     }
     if let value = try number("max-bandwidth", 0...(1 << 50)) { parameters.bandwidth = value }
+    if let value = try number("max-postcopy-bandwidth", 0...(1 << 50)) { parameters.postCopyBandwidth = value }
     if let value = try number("downtime-limit", 0...2_000_000) { parameters.downtimeLimit = value * 1_000_000 }
     if let value = try number("multifd-channels", 1...16) { parameters.links = Int(value) }
     if let value = try number("multifd-zstd-level", 1...20) { parameters.compression = Int(value) }

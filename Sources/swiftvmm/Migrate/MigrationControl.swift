@@ -16,7 +16,7 @@ final class MigrationControl: Sendable {
     var parameters = MigrationParameters()
     var source: MigrationSource?
     /// Where the machine came from another process.
-    var incoming: MigrationProgress?
+    var incoming: MigrationDestination?
     var isUnknown = false
   }
 
@@ -26,7 +26,7 @@ final class MigrationControl: Sendable {
   func connect(_ emit: @escaping @Sendable (QMPEvent) -> Void) { self.emit.withLock { $0 = emit } }
 
   /// The machine is to come from elsewhere.
-  func follow(_ progress: MigrationProgress) { state.withLock { $0.incoming = progress } }
+  func follow(_ destination: MigrationDestination) { state.withLock { $0.incoming = destination } }
 
   func tell(_ status: MigrationProgress.Status) { emit.withLock { $0 }(.migration(status.rawValue)) }
 
@@ -37,10 +37,9 @@ final class MigrationControl: Sendable {
 
   /// Begins to move the machine; what becomes of it is told by `progress` and by events.
   func start(to text: String) throws(MonitorError) {
-    let endpoint: StreamEndpoint
-    do { endpoint = try StreamEndpoint(text) } catch { throw .refused("\(error)") }
+    let endpoint = try Self.endpoint(text)
     let source = try state.withLock { state throws(MonitorError) in
-      if let source = state.source, [.setup, .active, .device].contains(source.progress.now.status) {
+      if let source = state.source, Self.busy.contains(source.progress.now.status) {
         throw .refused("There's a migration process in progress")
       }
       let source = MigrationSource(machine, to: endpoint, state.parameters) { [weak self] in self?.tell($0) }
@@ -55,6 +54,14 @@ final class MigrationControl: Sendable {
     }
   }
 
+  private static let busy: [MigrationProgress.Status] = [
+    .setup, .active, .device, .postCopyActive, .postCopyPaused,
+  ]
+
+  private static func endpoint(_ text: String) throws(MonitorError) -> StreamEndpoint {
+    do { return try StreamEndpoint(text) } catch { throw .refused("\(error)") }
+  }
+
   private func move(_ source: MigrationSource) {
     do throws(MigrationError) {
       try source.run()
@@ -66,13 +73,46 @@ final class MigrationControl: Sendable {
 
   /// Ends a migration, unless the destination may have the machine already.
   func cancel() throws(MonitorError) {
-    guard let source = state.withLock({ $0.source }), [.setup, .active, .device].contains(source.progress.now.status)
-    else { return }
+    guard let source = state.withLock({ $0.source }), Self.busy.contains(source.progress.now.status) else { return }
     guard source.cancel() else { throw .refused("the machine has been handed over") }
   }
 
+  /// Has the machine go on there now, its pages after it, unless it is there already.
+  func startPostCopy() throws(MonitorError) {
+    guard let source = state.withLock({ $0.source }) else {
+      throw .refused("there is no migration: use migrate first")
+    }
+    guard source.startPostCopy() else {
+      throw .refused("the migration began without the capability postcopy-ram: set it before migrate")
+    }
+  }
+
+  /// Cuts the links of a machine whose pages follow it, on either side.
+  func pause() throws(MonitorError) {
+    let (source, incoming) = state.withLock { ($0.source, $0.incoming) }
+    guard source?.pausePostCopy() ?? false || incoming?.pausePostCopy() ?? false else { throw Self.noPostCopy }
+  }
+
+  /// Goes on after `pause`, or at another address of the destination's.
+  func resume(to text: String) throws(MonitorError) {
+    let endpoint = try Self.endpoint(text)
+    guard let source = state.withLock({ $0.source }), source.resumePostCopy(endpoint) else { throw Self.noPostCopy }
+  }
+
+  /// Listens at another address for the source of pages that are still to come.
+  func recover(at text: String) throws(MonitorError) {
+    let endpoint = try Self.endpoint(text)
+    guard let incoming = state.withLock({ $0.incoming }),
+      [.postCopyActive, .postCopyPaused].contains(incoming.progress.now.status)
+    else { throw Self.noPostCopy }
+    do throws(HostError) { try incoming.listenAgain(at: endpoint) } catch { throw .refused("\(error)") }
+  }
+
+  private static let noPostCopy = MonitorError.refused("there is no machine whose pages follow it")
+
   /// Takes a machine back of which nobody could tell where it is; the user can.
   func reclaim() throws(MonitorError) {
+    if state.withLock({ $0.source })?.reclaim() ?? false { return }
     let isUnknown = state.withLock { state in
       defer { state.isUnknown = false }
       return state.isUnknown
@@ -87,5 +127,5 @@ final class MigrationControl: Sendable {
   }
 
   /// How far it is.
-  var progress: MigrationProgress.Snapshot? { state.withLock { ($0.source?.progress ?? $0.incoming)?.now } }
+  var progress: MigrationProgress.Snapshot? { state.withLock { ($0.source?.progress ?? $0.incoming?.progress)?.now } }
 }

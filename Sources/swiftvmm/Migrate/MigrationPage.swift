@@ -30,6 +30,7 @@ enum MigrationPage {
       ("Sent", "\((result["ram"]?["transferred"]?.unsignedValue ?? 0) >> 20) MiB"),
       ("Pages sent again", "\(own?["resent"]?.unsignedValue ?? 0)"),
       ("Pages left out", "\(own?["ignored"]?.unsignedValue ?? 0)"),
+      ("Pages that the guest waited for", waits(own?["postcopy"])),
       ("Error", result["error-desc"]?.stringValue ?? "none"),
     ]
     var page = """
@@ -47,6 +48,12 @@ enum MigrationPage {
   }
 
   private static func number(_ value: JSONValue?) -> Double { Double(value?.unsignedValue ?? 0) }
+
+  private static func waits(_ postCopy: JSONValue?) -> String {
+    guard let postCopy else { return "none: all were there when it went on" }
+    let (faults, pages) = (postCopy["faults"]?.unsignedValue ?? 0, postCopy["pages"]?.unsignedValue ?? 0)
+    return "\(faults) of \(pages), \(milliseconds(postCopy["longest-stall-us"])) ms at most"
+  }
 
   private static func milliseconds(_ value: JSONValue?) -> String { rounded(number(value) / 1000) }
 

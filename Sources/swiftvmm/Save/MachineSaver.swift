@@ -54,6 +54,9 @@ final class MachineSaver: Sendable {
   /// Refuses what has something that no state carries.
   func check() throws(MonitorError) {
     // Which of its ports the guest has open is no part of the console's state.
+    guard !machine.memory.isArriving else {
+      throw .refused("pages of the machine are still to come: wait until query-migrate says completed")
+    }
     guard !hasAgent else { throw .refused("a machine with --agent cannot be saved: start it without") }
   }
 
