@@ -105,11 +105,19 @@ public enum AgentError: Error, Equatable, Sendable, CustomStringConvertible {
 
 /// Makes lines of the bytes that come from a guest. What it keeps is bounded, whatever comes.
 public struct AgentLines: Sendable {
-  private var line: [UInt8] = []
-  private var isDropping = false
+  /// The beginning of a line whose end has not come.
+  public private(set) var line: [UInt8] = []
+  /// That line is longer than one may be.
+  public private(set) var isDropping = false
 
   /// At the start of a line.
   public init() {}
+
+  /// In the midst of a line, which is cut at the longest that one may be.
+  public init(line: [UInt8], isDropping: Bool) {
+    self.line = Array(line.prefix(AgentMessage.longestLine - 1))
+    self.isDropping = isDropping
+  }
 
   /// Takes bytes and hands on each whole line's message, or what is wrong with it. Empty lines are nothing.
   public mutating func feed(_ bytes: [UInt8], _ body: (Result<AgentMessage, AgentError>) -> Void) {

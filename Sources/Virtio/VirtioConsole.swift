@@ -1,5 +1,6 @@
 import BlockLayer
 import GuestMemory
+import StateTree
 
 /// A virtio console with named ports (virtio 1.2, 5.3, multiport): byte streams between the guest and the host.
 ///
@@ -11,6 +12,8 @@ public final class VirtioConsole: VirtioDevice {
   private static let longestTransfer = 64 << 10
   /// Control messages that wait for the guest's buffers at most: a driver that asks and never listens gets no more.
   private static let mostMessages = 256
+  /// A port's name.
+  private static let longestText = 256
 
   /// Unique in the machine.
   public let name: String
@@ -28,6 +31,10 @@ public final class VirtioConsole: VirtioDevice {
   public var onInput: (Int, [UInt8]) -> Void = { _, _ in }
   /// Whether somebody in the guest has opened a port.
   public var onOpen: (Int, Bool) -> Void = { _, _ in }
+  /// What the host's side of the ports has, which goes with a saved device.
+  public var onSave: () -> StateNode? = { nil }
+  /// Puts that back, once the ports are as they were.
+  public var onRestore: (StateNode) throws(StateError) -> Void = { _ throws(StateError) in }
 
   private struct Port {
     let name: [UInt8]
@@ -255,4 +262,59 @@ public final class VirtioConsole: VirtioDevice {
 
   /// Nothing is held elsewhere.
   public func disconnect() {}
+
+  private static let nodeName = "ports"
+
+  /// Which ports are open, and what is on its way to the guest.
+  public func save() -> StateNode? {
+    StateNode(Self.nodeName, version: 1, children: [onSave()].compactMap(\.self)) { writer in
+      writer.write(UInt32(ports.count))
+      for port in ports {
+        writer.write(port.isOpen)
+        writer.write(port.output)
+      }
+      writer.write(UInt32(messages.count))
+      for message in messages {
+        writer.write(message.port)
+        writer.write(message.event)
+        writer.write(message.value)
+        writer.write(message.text)
+      }
+    }
+  }
+
+  /// Puts it back; whoever listens hears of open ports.
+  public func restore(_ node: StateNode?) throws(StateError) {
+    guard let node else { return }
+    var ports = ports
+    let messages = try node.read(Self.nodeName, versions: 1...1) { reader, _ throws(StateError) in
+      let count = try reader.read(UInt32.self)
+      guard count == ports.count else { throw reader.invalid("ports", UInt64(count)) }
+      for index in ports.indices {
+        ports[index].isOpen = try reader.read(Bool.self)
+        ports[index].output = try reader.read(limit: Self.longestBacklog)
+      }
+      return try Self.messages(&reader)
+    }
+    // Closed, as they are; `setOpen` tells.
+    for index in ports.indices where ports[index].isOpen {
+      setOpen(index, true)
+      self.ports[index].output = ports[index].output
+    }
+    self.messages = messages
+    for child in node.children { try onRestore(child) }
+  }
+
+  private static func messages(_ reader: inout StateReader) throws(StateError) -> [Message] {
+    let count = try reader.read(UInt32.self)
+    guard count <= mostMessages else { throw reader.invalid("messages", UInt64(count)) }
+    var messages: [Message] = []
+    for _ in 0..<count {
+      messages.append(
+        Message(
+          port: try reader.read(UInt32.self), event: try reader.read(UInt16.self), value: try reader.read(UInt16.self),
+          text: try reader.read(limit: longestText)))
+    }
+    return messages
+  }
 }

@@ -33,4 +33,15 @@ public protocol VirtioDevice: AnyObject {
   func stop()
   /// The machine has lost the device, which has stopped.
   func disconnect()
+  /// What the device has beside its queues; nil for nothing. Called when drained.
+  func save() -> StateNode?
+  /// Puts back what `save` returned, nil for nothing. The device is stopped, and starts next.
+  func restore(_ node: StateNode?) throws(StateError)
+}
+
+extension VirtioDevice {
+  /// Nothing.
+  public func save() -> StateNode? { nil }
+  /// Nothing.
+  public func restore(_ node: StateNode?) throws(StateError) {}
 }

@@ -333,7 +333,10 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
       }
       return registers
     }
-    return StateNode(name, version: 1, children: [function.save()]) { registers.write(to: &$0) }
+    let own = onLoop { [self] in device.save() }
+    return StateNode(name, version: 1, children: [function.save()] + [own].compactMap(\.self)) {
+      registers.write(to: &$0)
+    }
   }
 
   /// Puts a saved state in place. The device is drained.
@@ -344,7 +347,9 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
       try Registers(from: &reader, queueSizes: sizes, offered: offered)
     }
     let putFunction = try function.prepareRestore(node.child(PCIFunction.nodeName), for: self)
+    let own = node.children.first { $0.name != PCIFunction.nodeName }
     quiesce()
+    try onLoop { [self] in Result { () throws(StateError) in try device.restore(own) } }.get()
     registers.withLock { $0 = restored }
     putFunction()
     if restored.status & Registers.Status.driverOK != 0 { start(isRestored: true) }

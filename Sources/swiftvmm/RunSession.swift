@@ -90,7 +90,8 @@ struct RunSession {
       return
     }
     if options.harden != nil { throw .conflict("--restore", "--harden") }
-    let description = MachineDescription(machine, engine: accelerator.name, disks: disks)
+    let description = MachineDescription(
+      machine, engine: accelerator.name, hasAgent: options.agent, disks: disks)
     saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
 

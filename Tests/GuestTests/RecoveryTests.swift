@@ -216,6 +216,47 @@ struct RecoveryTests {
     #expect(try lines().filter { $0["refused"] != nil }.count == 1)
   }
 
+  /// The channel goes with a machine that moves or is saved: the agent there neither opens the port again nor says hello.
+  @Test(arguments: engines)
+  func theChannelMovesWithTheMachine(engine: String) throws {
+    var machine = try machine(engine, "mode=serve")
+    #expect(machine.waitFor("serving"), "\(machine.text)")
+    for _ in 0..<500 where try hello(machine) == nil { usleep(10_000) }
+    func check(_ machine: RunningVMM) throws {
+      #expect(try hello(machine) == "GuestKit")
+      try machine.execute("x-swiftvmm-agent", ["request": "ping"])
+      #expect(try machine.refusal("x-swiftvmm-agent", ["request": "dance"]).contains("unknown request"))
+    }
+    try check(machine)
+    for index in 0..<3 {
+      let uri = "unix:\(folder.path)/move\(index)"
+      let next = try self.machine(engine, "mode=serve", "--incoming", uri)
+      try machine.execute("migrate", ["uri": uri])
+      while let state = try machine.execute("query-migrate") as? [String: Any],
+        ["setup", "active", "device"].contains(state["status"] as? String)
+      { usleep(2000) }
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+      machine = next
+      try check(machine)
+    }
+    let file = folder.path + "/saved"
+    try machine.execute("x-swiftvmm-save", ["file": file, "stop": true])
+    #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+    let restored = try self.machine(engine, "mode=serve", "--restore", file)
+    // It answers before its state is in place.
+    for _ in 0..<500 where try hello(restored) == nil { usleep(10_000) }
+    try check(restored)
+    #expect(!restored.text.contains("serving"), "\(restored.text)")
+    try restored.execute("quit")
+    #expect(restored.waitUntilExit() == 0)
+  }
+
+  private func hello(_ machine: RunningVMM) throws -> String? {
+    let state = try machine.execute("x-swiftvmm-query-agent") as? [String: Any]
+    return (state?["hello"] as? [String: Any])?["agent"] as? String
+  }
+
   /// The channel is there again after the guest has started again, and with it all that was asked of it before is over.
   @Test(arguments: engines)
   func theChannelSurvivesAReset(engine: String) throws {

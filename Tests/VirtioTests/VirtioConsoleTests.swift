@@ -4,6 +4,7 @@ import Glibc
 import GuestMemory
 import Host
 import PlatformDevices
+import StateTree
 import Synchronization
 import Testing
 
@@ -20,6 +21,7 @@ private final class ConsoleBench {
   /// What the device has told the host, on the device's thread.
   var input: [[UInt8]] = [[], []]
   var openings: [String] = []
+  var children: [StateNode] = []
 
   init(_ way: Driver.Way) throws {
     fixture = try Fixture()
@@ -38,6 +40,15 @@ private final class ConsoleBench {
   deinit {
     pci.drain()
     thread.stop()
+  }
+
+  /// What is wrong with a saved state; nil where it was put back.
+  func restore(_ node: StateNode) -> StateError? {
+    thread.perform { [self] in
+      console.onRestore = { [unowned self] in children.append($0) }
+      do throws(StateError) { try console.restore(node) } catch { return error }
+      return nil
+    }
   }
 
   func send(_ bytes: [UInt8], queue: Int) throws {
@@ -126,5 +137,37 @@ private final class ConsoleBench {
     bench.thread.perform { bench.openings = [] }
     try bench.open()
     #expect(bench.faults.all == [])
+  }
+
+  /// Open ports, and what is on its way to the guest, go with a saved device; a state of another shape is an error.
+  @Test func openPortsAreSaved() throws {
+    let bench = try ConsoleBench(Driver.Way())
+    try bench.open()
+    let saved = bench.thread.perform {
+      bench.console.onSave = { StateNode("host", version: 7) }
+      _ = bench.console.send([1, 2, 3], to: 1)
+      return bench.console.save()
+    }
+    let node = try #require(saved)
+    let other = try ConsoleBench(Driver.Way())
+    #expect(other.restore(node) == nil)
+    other.thread.perform {
+      #expect(other.openings == ["1 true"])
+      #expect(other.console.isOpen(1) && !other.console.isOpen(0))
+      #expect(other.children == [StateNode("host", version: 7)])
+      #expect(other.console.save()?.payload == node.payload)
+    }
+    // The bytes that waited come first.
+    let places = try other.offer(1, 64, queue: 6)
+    let used = try #require(try other.driver.queues[6].wait(1))
+    #expect(used.map(\.written) == [3])
+    #expect(try other.driver.bytes(places[0], 3) == [1, 2, 3])
+    for cut in 0..<node.payload.count {
+      let broken = StateNode(node.name, version: 1) { writer in for byte in node.payload[..<cut] { writer.write(byte) }
+      }
+      #expect(other.restore(broken) != nil, "\(cut) bytes")
+    }
+    let more = StateNode(node.name, version: 1) { $0.write(UInt32(3)) }
+    #expect(other.restore(more) != nil)
   }
 }

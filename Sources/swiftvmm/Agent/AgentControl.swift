@@ -4,6 +4,7 @@ import Host
 import JSON
 import Machine
 import Monitor
+import StateTree
 import Virtio
 
 /// The agent in the guest (docs/agent.md): what the host asks of it, and what it asks of the host.
@@ -29,7 +30,8 @@ final class AgentControl: @unchecked Sendable {
   private var nextID: UInt64 = 1
   private var waiting: [UInt64: (Result<JSONValue, AgentFault>) -> Void] = [:]
   private var services: [String: Service] = [:]
-  private var answering = 0
+  /// Requests of the guest's that are being answered.
+  private var answering: [UInt64] = []
 
   init(_ ports: MachinePorts) {
     self.ports = ports
@@ -37,6 +39,8 @@ final class AgentControl: @unchecked Sendable {
     ports.thread.perform { [self] in
       ports.device?.onInput = { [weak self] _, bytes in self?.take(bytes) }
       ports.device?.onOpen = { [weak self] _, isOpen in self?.opened(isOpen) }
+      ports.device?.onSave = { [weak self] in self?.save() }
+      ports.device?.onRestore = { [weak self] node throws(StateError) in try self?.restore(node) }
     }
   }
 
@@ -73,10 +77,12 @@ final class AgentControl: @unchecked Sendable {
     case .failure(let id, let text): waiting.removeValue(forKey: id)?(.failure(.refused(text)))
     case .request(let id, let name, let arguments):
       guard let service = services[name] else { return send(.failure(id: id, "unknown request \(name)")) }
-      guard answering < Self.mostWaiting else { return send(.failure(id: id, "too many requests at a time")) }
-      answering += 1
+      guard answering.count < Self.mostWaiting else {
+        return send(.failure(id: id, "too many requests at a time"))
+      }
+      answering.append(id)
       service(arguments) { [self] outcome in
-        answering -= 1
+        if let place = answering.firstIndex(of: id) { answering.remove(at: place) }
         switch outcome {
         case .success(let value): send(.result(id: id, value))
         case .failure(let error): send(.failure(id: id, error.text))
@@ -88,6 +94,41 @@ final class AgentControl: @unchecked Sendable {
   private func send(_ message: AgentMessage) {
     // A guest that does not read its answers does without them.
     _ = ports.device?.send(message.line, to: 0)
+  }
+
+  // MARK: Saved machines
+
+  private static let nodeName = "agent"
+  private static let longestHello = 64 << 10
+
+  /// The conversation so far. What the host asks and waits for is this process's, and an answer to it nobody's.
+  private func save() -> StateNode {
+    StateNode(Self.nodeName, version: 1) { writer in
+      writer.write(nextID)
+      writer.write(UInt64(malformed))
+      writer.write(lines.isDropping)
+      writer.write(lines.line)
+      writer.write(hello.map { JSONValue.object($0).serialized() } ?? "")
+      writer.write(UInt32(answering.count))
+      for id in answering { writer.write(id) }
+    }
+  }
+
+  /// Goes on with it. Requests of the guest's that were being answered get no other answer.
+  private func restore(_ node: StateNode) throws(StateError) {
+    var unanswered: [UInt64] = []
+    try node.read(Self.nodeName, versions: 1...1) { reader, _ throws(StateError) in
+      nextID = try reader.read()
+      malformed = Int(clamping: try reader.read(UInt64.self))
+      let isDropping = try reader.read(Bool.self)
+      lines = AgentLines(line: try reader.read(limit: AgentMessage.longestLine), isDropping: isDropping)
+      let text = try reader.readString(limit: Self.longestHello)
+      hello = (try? JSONValue(parsing: text))?.objectValue
+      let count = try reader.read(UInt32.self)
+      guard count <= Self.mostWaiting else { throw reader.invalid("requests", UInt64(count)) }
+      for _ in 0..<count { unanswered.append(try reader.read()) }
+    }
+    for id in unanswered { send(.failure(id: id, "the machine was moved or restored meanwhile: ask again")) }
   }
 
   /// Tells the agent something. On the disks' thread.

@@ -14,6 +14,7 @@ struct MachineDescription: Equatable {
   }
 
   static let nodeName = "configuration"
+  private static let version: UInt32 = 2
   private static let maximumText = 4096
 
   var engine: String
@@ -21,9 +22,12 @@ struct MachineDescription: Equatable {
   var memory: UInt64
   var controllers: String
   var disks: [Disk]
+  /// Since version 2; before, a machine with an agent's port could not be saved.
+  var hasAgent = false
 
-  init(_ machine: Machine, engine: String, disks: RunDisks?) {
+  init(_ machine: Machine, engine: String, hasAgent: Bool, disks: RunDisks?) {
     self.engine = engine
+    self.hasAgent = hasAgent
     cpus = UInt32(machine.vcpus.count)
     memory = machine.memory.size
     controllers = "\(machine.virtualMachine.interrupts)"
@@ -41,12 +45,12 @@ struct MachineDescription: Equatable {
   }
 
   init(_ node: StateNode) throws(StateError) {
-    self = try node.read(Self.nodeName, versions: 1...1) { reader, _ throws(StateError) in
-      try Self(&reader)
+    self = try node.read(Self.nodeName, versions: 1...Self.version) { reader, version throws(StateError) in
+      try Self(&reader, version)
     }
   }
 
-  private init(_ reader: inout StateReader) throws(StateError) {
+  private init(_ reader: inout StateReader, _ version: UInt32) throws(StateError) {
     engine = try reader.readString(limit: Self.maximumText)
     cpus = try reader.read()
     memory = try reader.read()
@@ -58,10 +62,11 @@ struct MachineDescription: Equatable {
       let path = try reader.readString(limit: Self.maximumText)
       disks.append(Disk(name: name, slot: slot, path: path, isReadOnly: try reader.read()))
     }
+    if version >= 2 { hasAgent = try reader.read() }
   }
 
   var node: StateNode {
-    StateNode(Self.nodeName, version: 1) { writer in
+    StateNode(Self.nodeName, version: Self.version) { writer in
       writer.write(engine)
       writer.write(cpus)
       writer.write(memory)
@@ -73,6 +78,7 @@ struct MachineDescription: Equatable {
         writer.write(disk.path)
         writer.write(disk.isReadOnly)
       }
+      writer.write(hasAgent)
     }
   }
 
@@ -89,6 +95,7 @@ struct MachineDescription: Equatable {
     if cpus != here.cpus { return ("--cpus", "\(cpus)", "\(here.cpus)") }
     if memory != here.memory { return ("--memory", "\(memory >> 10)K", "\(here.memory >> 10)K") }
     if controllers != here.controllers { return ("interrupt controllers", controllers, here.controllers) }
+    if hasAgent != here.hasAgent { return ("--agent", hasAgent ? "yes" : "no", here.hasAgent ? "yes" : "no") }
     return disks == here.disks ? nil : ("the disks", Self.text(disks), Self.text(here.disks))
   }
 

@@ -53,15 +53,15 @@ final class MachineSaver: Sendable {
 
   /// Refuses what has something that no state carries.
   func check() throws(MonitorError) {
-    // Which of its ports the guest has open is no part of the console's state.
     guard !machine.memory.isArriving else {
       throw .refused("pages of the machine are still to come: wait until query-migrate says completed")
     }
-    guard !hasAgent else { throw .refused("a machine with --agent cannot be saved: start it without") }
   }
 
   /// What the machine is made of.
-  var description: MachineDescription { MachineDescription(machine, engine: engine, disks: disks?.disks) }
+  var description: MachineDescription {
+    MachineDescription(machine, engine: engine, hasAgent: hasAgent, disks: disks?.disks)
+  }
 
   /// Makes durable what the guest has written to its disks.
   func flushDisks() throws(MonitorError) {
