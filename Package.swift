@@ -45,6 +45,7 @@ let fuzzers: [Target] =
     fuzzer("FuzzBoot", ["Accelerator", "Boot", "GuestMemory"]),
     fuzzer("FuzzCPU", ["RandomCode"]),
     fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
+    fuzzer("FuzzMigration", ["GuestMemory", "Host", "Migration", "StateTree"]),
     fuzzer("FuzzNBD", ["BlockLayer", "NBD"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
     fuzzer("FuzzQcow2", ["BlockLayer"]),

@@ -57,8 +57,11 @@ public final class MigrationDestination: @unchecked Sendable {
     } catch {
       throw .host(error)
     }
+    try take(waitForLinks())
+  }
+
+  func take(_ links: [MigrationLink]) throws(MigrationError) {
     do throws(MigrationError) {
-      let links = try waitForLinks()
       progress.update { $0.status = .active }
       try receive(links)
       progress.end(nil)
@@ -96,7 +99,7 @@ public final class MigrationDestination: @unchecked Sendable {
     postCopy.join(link, greeting)
   }
 
-  private func join(_ link: MigrationLink, _ greeting: MigrationGreeting) {
+  func join(_ link: MigrationLink, _ greeting: MigrationGreeting) {
     let isWelcome = state.withLock { state in
       guard state.phase == .receiving, state.session == nil || state.session == greeting.session,
         state.wanted == 0 || state.wanted == Int(greeting.links), state.links[Int(greeting.link)] == nil
@@ -128,12 +131,11 @@ public final class MigrationDestination: @unchecked Sendable {
     try? link.send(isTaken ? .taken : .notTaken)
   }
 
-  private func waitForLinks() throws(MigrationError) -> [MigrationLink] {
-    let links = state.wait { state -> [MigrationLink]? in
+  private func waitForLinks() -> [MigrationLink] {
+    state.wait { state -> [MigrationLink]? in
       guard state.wanted > 0, state.links.count == state.wanted else { return nil }
       return (0..<state.wanted).compactMap { state.links[$0] }
     }
-    return links
   }
 
   // MARK: The machine
