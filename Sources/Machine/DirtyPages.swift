@@ -4,7 +4,10 @@ import GuestMemory
 /// Pages of RAM that were written, by the flat numbers of `DirtyBitmap`: 64 pages a word, the lowest in bit 0.
 extension Machine {
   /// Records every write to RAM from now on: the guest's, the devices' and the VMM's. The vCPUs may run.
+  ///
+  /// Errors: `unsaved`, where somebody else does.
   public func startDirtyTracking() throws(MachineError) {
+    guard !memory.dirty.isTracking else { throw .unsaved(.tracked) }
     memory.dirty.setTracking(true)
     try setLogging(true)
     // What the assist wrote before is in its log, too.

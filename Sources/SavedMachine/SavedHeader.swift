@@ -3,13 +3,15 @@ import CCompression
 /// The first page of a saved machine; docs/state.md has the table.
 struct SavedHeader: Equatable {
   static let magic: [UInt8] = Array("SWVMSAVE".utf8)
-  static let versions: [UInt32] = [1]
+  static let versions: [UInt32] = [1, 2]
   static let pageSize = 4096
   /// Bytes of RAM that share a checksum.
   static let chunkSize = 1 << 20
   /// More than any state is.
   static let maximumState = 256 << 20
 
+  /// 1: RAM is the last; 2: it is the first, so that it can be written while the state is still to come.
+  var version: UInt32
   var stateOffset: UInt64
   var stateCount: UInt64
   var checksumsOffset: UInt64
@@ -19,15 +21,20 @@ struct SavedHeader: Equatable {
   var checksumsChecksum: UInt32 = 0
 
   /// The places of a machine with so much RAM and state.
-  init(state: Int, memory: UInt64) {
-    stateOffset = UInt64(Self.pageSize)
+  init(state: Int, memory: UInt64, version: UInt32 = 2) {
+    self.version = version
+    let (first, page) = (UInt64(Self.pageSize), UInt64(Self.pageSize))
+    stateOffset = version == 1 ? first : first + memory
     stateCount = UInt64(state)
     checksumsOffset = stateOffset + stateCount
     checksumsCount = (memory + UInt64(Self.chunkSize) - 1) / UInt64(Self.chunkSize)
     let end = checksumsOffset + checksumsCount * 4
-    memoryOffset = (end + UInt64(Self.pageSize) - 1) & ~UInt64(Self.pageSize - 1)
+    memoryOffset = version == 1 ? (end + page - 1) & ~(page - 1) : first
     memorySize = memory
   }
+
+  /// Bytes of the file.
+  var end: UInt64 { version == 1 ? memoryOffset + memorySize : checksumsOffset + checksumsCount * 4 }
 
   private static let checksumPlace = 12
 
@@ -35,7 +42,7 @@ struct SavedHeader: Equatable {
   var encoded: [UInt8] {
     var bytes = [UInt8](repeating: 0, count: Self.pageSize)
     bytes.replaceSubrange(0..<8, with: Self.magic)
-    put(Self.versions.last ?? 0, 8, &bytes)
+    put(version, 8, &bytes)
     let places = [stateOffset, stateCount, checksumsOffset, checksumsCount, memoryOffset, memorySize]
     for (index, place) in places.enumerated() { put(place, 16 + index * 8, &bytes) }
     put(checksumsChecksum, 64, &bytes)
@@ -61,9 +68,9 @@ struct SavedHeader: Equatable {
       throw .damaged(path: path, part: .bounds)
     }
     // The layout follows from two sizes, so that no place can be chosen.
-    self.init(state: Int(places[1]), memory: places[5])
+    self.init(state: Int(places[1]), memory: places[5], version: version)
     guard places == [stateOffset, stateCount, checksumsOffset, checksumsCount, memoryOffset, memorySize],
-      memorySize & UInt64(Self.pageSize - 1) == 0, memoryOffset <= fileSize, memorySize <= fileSize - memoryOffset
+      memorySize & UInt64(Self.pageSize - 1) == 0, end <= fileSize
     else { throw .damaged(path: path, part: .bounds) }
     checksumsChecksum = get(UInt32.self, 64, page)
   }

@@ -9,7 +9,7 @@ struct BenchCommand: ParsableCommand {
 
   @Argument(
     help:
-      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover, migrate; all of them without a name."
+      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover, migrate, save; all of them without a name."
   )
   var names: [Benchmark] = []
 
@@ -38,7 +38,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk, nbd, views, snapshot, backup, recover, migrate
+  case disk, nbd, views, snapshot, backup, recover, migrate, save
   case diskRequests = "disk-requests"
 
   var title: String {
@@ -54,6 +54,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .backup: "backup: disks of a running machine, and what its guest notices"
     case .recover: "recover: a guest gets a snapshot of its own disk"
     case .migrate: "migrate: a running machine to another process"
+    case .save: "save: a running machine to a file, and from there"
     case .views: "views: changes of view and of rights"
     }
   }
@@ -71,6 +72,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .backup: try BackupBenchmark(runs: runs).measure()
     case .recover: try RecoverBenchmark(runs: runs).measure()
     case .migrate: try MigrateBenchmark(runs: runs).measure()
+    case .save: try SaveBenchmark(runs: runs).measure()
     case .views: try ViewsBenchmark(runs: runs).measure()
     }
   }

@@ -23,32 +23,66 @@ final class MachineSaver: Sendable {
     self.disks = disks
   }
 
-  /// Saves the machine, which goes on afterwards, or ends where it `stops`. Returns how long it stood, too, in milliseconds.
+  /// Saves the machine, which goes on afterwards, or ends where it `stops`. Returns how long it stood, too, in microseconds.
   func save(to path: String, stops: Bool) throws(MonitorError) -> (SaveReport, pause: UInt64) {
     try check()
+    do { return try write(to: path, stops: stops) } catch { throw .refused("\(error)") }
+  }
+
+  /// RAM goes while the machine runs; what was written meanwhile, while it stands; checksums and durability, once it goes on.
+  private func write(to path: String, stops: Bool) throws -> (SaveReport, pause: UInt64) {
     let description = description
+    let writer = LiveWriter(try SavedMachineWriter(machine.memory, to: path))
+    try machine.startDirtyTracking()
+    defer { machine.stopDirtyTracking() }
+    try writer.file.writeAll()
+    let pending = try writeRounds(writer.file)
     let started = monotonicNanoseconds()
-    let outcome: Result<SaveReport, SaveFailure>
-    do {
-      outcome = try machine.save { [machine, disks] state in
-        let result = Result { () throws(SaveFailure) in
-          if let disks { try Self.flush(disks) }
-          let tree = StateNode(Self.nodeName, version: Self.version, children: [description.node, state])
-          do throws(SavedMachineError) {
-            return try SavedMachine.write(tree, machine.memory, to: path)
-          } catch {
-            throw .file(error)
-          }
+    let outcome = try machine.save { [machine, disks] state in
+      Result { () throws(SaveFailure) -> (StateNode, SaveReport?) in
+        if let disks { try Self.flush(disks) }
+        let tree = StateNode(Self.nodeName, version: Self.version, children: [description.node, state])
+        let last: [UInt64]
+        do throws(MachineError) { last = try machine.takeDirtyPages() } catch { throw .machine(error) }
+        try Self.file { () throws(SavedMachineError) in
+          try writer.file.write(pages: zip(pending, last).map { $0 | $1 })
         }
+        guard stops else { return (tree, nil) }
+        let report = try Self.file { () throws(SavedMachineError) in try writer.file.finish(tree) }
         // The vCPUs do not run again, whatever else is under way.
-        if stops, case .success = result { machine.finish(.quit) }
-        return result
+        machine.finish(.quit)
+        return (tree, report)
       }
-    } catch {
-      throw .refused("\(error)")
     }
-    let pause = (monotonicNanoseconds() - started) / 1_000_000
-    do { return (try outcome.get(), pause) } catch { throw .refused("\(error)") }
+    let pause = (monotonicNanoseconds() - started) / 1000
+    let (tree, report) = try outcome.get()
+    return (try report ?? writer.file.finish(tree), pause)
+  }
+
+  /// Writes what has changed, until that is little or becomes no less; returns the pages that are to be written yet.
+  private func writeRounds(_ file: SavedMachineWriter) throws -> [UInt64] {
+    var before = Int.max
+    for _ in 0..<Self.mostRounds {
+      let dirty = try machine.takeDirtyPages()
+      let count = dirty.reduce(0) { $0 + $1.nonzeroBitCount }
+      guard count > Self.fewPages, count < before / 4 * 3 else { return dirty }
+      before = count
+      try file.write(pages: dirty)
+    }
+    return try machine.takeDirtyPages()
+  }
+
+  private static let mostRounds = 10
+  private static let fewPages = 64
+
+  /// For the closure that runs while the machine stands.
+  private struct LiveWriter: @unchecked Sendable {
+    let file: SavedMachineWriter
+    init(_ file: SavedMachineWriter) { self.file = file }
+  }
+
+  private static func file<Result>(_ body: () throws(SavedMachineError) -> Result) throws(SaveFailure) -> Result {
+    do throws(SavedMachineError) { return try body() } catch { throw .file(error) }
   }
 
   /// Refuses what has something that no state carries.
@@ -72,11 +106,13 @@ final class MachineSaver: Sendable {
   private enum SaveFailure: Error, CustomStringConvertible {
     case disks(MonitorError)
     case file(SavedMachineError)
+    case machine(MachineError)
 
     var description: String {
       switch self {
       case .disks(let error): "\(error)"
       case .file(let error): "\(error)"
+      case .machine(let error): "\(error)"
       }
     }
   }

@@ -38,7 +38,7 @@ struct SaveCommand: ParsableCommand {
     }
     if json { return print(result.serialized(pretty: true)) }
     let memory = result["memory"]?.unsignedValue ?? 0
-    let pause = result["pause"]?.unsignedValue ?? 0
-    print("saved \(memory >> 10) KiB of memory; the machine stood for \(pause) ms")
+    let pause = Double(result["pause-us"]?.unsignedValue ?? 0) / 1000
+    print("saved \(memory >> 10) KiB of memory; the machine stood for \((pause * 10).rounded() / 10) ms")
   }
 }

@@ -10,7 +10,10 @@ enum SaveCommands {
   private static let generation = QMPType.object("GuidInfo", members: [.required("guid", .string)])
   private static let result = QMPType.object(
     "SaveReport",
-    members: [.required("memory", .integer), .required("state", .integer), .required("pause", .integer)])
+    members: [
+      .required("memory", .integer), .required("state", .integer), .required("pause", .integer),
+      .required("pause-us", .integer),
+    ])
 
   /// The catalogue.
   static func all(_ saver: MachineSaver) -> [QMPCommand] {
@@ -20,7 +23,9 @@ enum SaveCommands {
         let (report, pause) = try saver.save(
           to: arguments.text("file"), stops: arguments["stop"]?.boolValue ?? false)
         return [
-          "memory": JSONValue(report.memoryBytes), "state": JSONValue(report.stateBytes), "pause": JSONValue(pause),
+          "memory": JSONValue(report.memoryBytes), "state": JSONValue(report.stateBytes),
+          "pause": JSONValue(pause / 1000),
+          "pause-us": JSONValue(pause),
         ]
       },
       QMPCommand("query-vm-generation-id", returns: generation) { _, _ in
