@@ -41,6 +41,14 @@ public final class MigrationLink: @unchecked Sendable {
     }
   }
 
+  /// Waits until little of what was sent is still on its way, or for a tenth of a second: what is sent next is there soon.
+  func settle() {
+    var left: Int32 = 0
+    for _ in 0..<1000 where ioctl(socket.rawValue, UInt(TIOCOUTQ), &left) == 0 && left > Self.little { usleep(100) }
+  }
+
+  private static let little: Int32 = 64 << 10
+
   /// Sends bytes that are no record.
   func send(_ bytes: [UInt8]) throws(MigrationError) {
     let outcome = bytes.withUnsafeBytes { buffer in

@@ -271,6 +271,8 @@ public final class MigrationSource: Sendable {
     _ sender: PageSender, _ links: [MigrationLink], _ dirty: PageSet, _ started: UInt64, _ trace: MigrationTrace?
   ) throws(MigrationError) {
     let postCopy = wantsPostCopy ? try makePostCopy(sender, trace) : nil
+    // Nothing of the rounds before is to be waited for while the machine stands.
+    for link in links { link.settle() }
     let stopped = monotonicNanoseconds()
     progress.update { $0.status = .device }
     let ran: Bool
