@@ -87,7 +87,7 @@ let package = Package(
 
     // Policies on top of views. Signatures are checked here: always optimised.
     library(
-      "LoaderHardening", ["Accelerator", "GuestMemory", "Host", "JSON", "MemoryViews"], settings: hot),
+      "LoaderHardening", ["Accelerator", "GuestMemory", "Host", "JSON", "MemoryViews", "StateTree"], settings: hot),
 
     // Disks.
     .target(
@@ -157,7 +157,10 @@ let package = Package(
     tests("X86Tests", ["X86"]),
     tests(
       "LoaderHardeningTests",
-      ["Accelerator", "GuestMemory", "KVMAccelerator", "LoaderHardening", "MemoryViews", "SoftAccelerator"]),
+      [
+        "Accelerator", "GuestMemory", "KVMAccelerator", "LoaderHardening", "MemoryViews", "SoftAccelerator",
+        "StateTree",
+      ]),
     // The physical CPU, an instruction at a time.
     .target(name: "NativeRunner", path: "Tests/Support/NativeRunner"),
     // Random code and states for the software CPU.

@@ -1,12 +1,25 @@
 import StateTree
 
+extension GeneralRegisters {
+  /// All of them, in the order in which a vCPU's state has them.
+  public func write(to writer: inout StateWriter) {
+    for path in Self.fields { writer.write(self[keyPath: path]) }
+  }
+
+  /// Reads what `write` wrote.
+  public init(from reader: inout StateReader) throws(StateError) {
+    self.init()
+    for path in Self.fields { self[keyPath: path] = try reader.read() }
+  }
+}
+
 extension VCPUState {
   private static let versions: ClosedRange<UInt32> = 1...1
 
   /// The state as a node called `vcpu`, version 1.
   public func node(index: Int) -> StateNode {
     StateNode("vcpu\(index)", version: Self.versions.upperBound) { writer in
-      for path in GeneralRegisters.fields { writer.write(general[keyPath: path]) }
+      general.write(to: &writer)
       for path in SystemRegisters.segments { writer.write(system[keyPath: path]) }
       for table in [system.gdt, system.idt] {
         writer.write(table.base)
@@ -34,7 +47,7 @@ extension VCPUState {
   public init(_ node: StateNode, index: Int) throws(StateError) {
     self = try node.read("vcpu\(index)", versions: Self.versions) { reader, _ throws(StateError) in
       var state = VCPUState()
-      for path in GeneralRegisters.fields { state.general[keyPath: path] = try reader.read() }
+      state.general = try GeneralRegisters(from: &reader)
       for path in SystemRegisters.segments { state.system[keyPath: path] = try SegmentRegister(from: &reader) }
       state.system.gdt = DescriptorTable(base: try reader.read(), limit: try reader.read())
       state.system.idt = DescriptorTable(base: try reader.read(), limit: try reader.read())

@@ -1,3 +1,5 @@
+import StateTree
+
 /// Decides what vCPUs may do with guest-physical memory, by views; loader hardening does. Everything but `attach` is
 /// called on the thread of the vCPU in question, which does not run.
 public protocol ViewSupervisor: AnyObject, Sendable {
@@ -15,6 +17,11 @@ public protocol ViewSupervisor: AnyObject, Sendable {
   func pinned(_ register: PinnedRegister, value: UInt64, _ vcpu: any VirtualCPU) throws(AcceleratorError) -> String?
   /// The vCPU was kicked.
   func interrupted(_ vcpu: any VirtualCPU) throws(AcceleratorError)
+  /// What the guest has made of it. While no vCPU runs.
+  func save() -> StateNode
+  /// Reads what `save` returned, a child of `node`, and returns what puts it in place: to be called before the vCPUs get
+  /// their registers.
+  func restore(_ node: StateNode) throws(StateError) -> @Sendable () throws(AcceleratorError) -> Void
 }
 
 /// A register, or a bit of one, that a guest can be kept from changing.

@@ -8,7 +8,7 @@ extension LoaderHardening {
   /// More would make entries slow: every page's mapping is looked up.
   private static let loaderLimit: UInt64 = 1 << 20
   /// Entry points and exits.
-  private static let addressLimit = 64
+  static let addressLimit = 64
   /// Bytes of a signed module.
   private static let moduleLimit: UInt64 = 16 << 20
 

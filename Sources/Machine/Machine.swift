@@ -411,6 +411,7 @@ public final class Machine: MachineControl {
   /// Devices, vCPUs and the accelerator's part; RAM is apart. The machine must be paused.
   public func save() throws(MachineError) -> StateNode {
     var children = devices.map { $0.save() } + interrupts.locals.map { $0.save() }
+    if let supervisor { children.append(supervisor.save()) }
     do {
       children.append(try virtualMachine.save())
       for vcpu in vcpus {
@@ -432,7 +433,6 @@ public final class Machine: MachineControl {
   ///
   /// Errors: `unsaved`, where there is something that no saved state carries.
   public func save<Result: Sendable>(_ body: (StateNode) -> Result) throws(MachineError) -> Result {
-    guard supervisor == nil else { throw .unsaved(.hardening) }
     let outcome = operations.withLock { operations -> Swift.Result<Result, MachineError> in
       guard [.running, .paused, .ioError].contains(operations.state) else {
         return .failure(.unsaved(.state(operations.state)))
@@ -512,6 +512,7 @@ public final class Machine: MachineControl {
   public func restore(_ node: StateNode) throws(MachineError) {
     var states: [VCPUState] = []
     let machineNode: StateNode
+    var putViews: @Sendable () throws(AcceleratorError) -> Void = { () throws(AcceleratorError) in }
     do throws(StateError) {
       let now = try node.read("machine", versions: 1...1) { reader, _ throws(StateError) in
         try reader.read(UInt64.self)
@@ -526,11 +527,13 @@ public final class Machine: MachineControl {
       }
       for vcpu in vcpus { states.append(try VCPUState(node.child("vcpu\(vcpu.index)"), index: vcpu.index)) }
       machineNode = try node.child(pristine.machine.name)
+      if let supervisor { putViews = try supervisor.restore(node) }
     } catch {
       throw .state(error)
     }
     do {
       try virtualMachine.restore(machineNode)
+      try putViews()
       for (vcpu, state) in zip(vcpus, states) {
         try vcpu.writeState(state)
         if interrupts.model == .userSpace { interrupts.presences[vcpu.index].activity = state.activity }

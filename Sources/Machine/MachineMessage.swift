@@ -34,8 +34,6 @@ public enum MachineError: Error, CustomStringConvertible {
     case state(RunState)
     /// Its pages are being saved or moved.
     case tracked
-    /// Views, and what a hardened guest has registered.
-    case hardening
     /// A disk's requests that the host has failed and that are to be tried again.
     case stoppedRequests(disk: String)
   }
@@ -60,7 +58,6 @@ public enum MachineError: Error, CustomStringConvertible {
     case .state(let error): "\(error)"
     case .unsaved(.state(let state)): "the machine cannot be saved while it is in state \(state.rawValue)"
     case .unsaved(.tracked): "the machine is being saved or moved already: wait until that has ended"
-    case .unsaved(.hardening): "a machine with --harden cannot be saved"
     case .unsaved(.stoppedRequests(let disk)):
       "requests of disk \(disk) wait for their I/O error to be mended: resume the machine before it is saved"
     }

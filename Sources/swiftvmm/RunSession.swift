@@ -89,9 +89,8 @@ struct RunSession {
       saved = nil
       return
     }
-    if options.harden != nil { throw .conflict("--restore", "--harden") }
     let description = MachineDescription(
-      machine, engine: accelerator.name, hasAgent: options.agent, disks: disks)
+      machine, engine: accelerator.name, hasAgent: options.agent, disks: disks, hardening: hardening?.supervisor.policy)
     saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
 
@@ -135,7 +134,9 @@ struct RunSession {
       agentCommands += snapshots.commands
     }
     let schedule = try Self.schedule(options, keeper, agent)
-    let saver = MachineSaver(machine, engine: accelerator.name, disks: control, hasAgent: ports != nil)
+    let saver = MachineSaver(
+      machine, engine: accelerator.name, disks: control, hasAgent: ports != nil, hardening: hardening?.supervisor.policy
+    )
     let moving = MovingMachine(saver, agent: agent)
     let migrations = MigrationControl(moving)
     let incoming = try options.incoming.map { text throws(Failure) in
@@ -143,6 +144,10 @@ struct RunSession {
     }
     if incoming != nil { machine.awaitState() }
     if let text = options.incomingDisks { try Self.awaitDisks(control, at: text) }
+    // Nobody may ask anything of a machine that is not there yet.
+    if let saved {
+      do { try machine.start(paused: true, from: saved, isCopy: true) } catch { throw .machine(error) }
+    }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
         machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver, migrations: migrations,
@@ -165,8 +170,10 @@ struct RunSession {
         hasCome.withLock { $0 = error }
         machine.finish(.quit)
       }
+    } else if saved != nil {
+      if !options.paused { machine.resume() }
     } else {
-      do { try machine.start(paused: options.paused, from: saved, isCopy: true) } catch { throw .machine(error) }
+      do { try machine.start(paused: options.paused) } catch { throw .machine(error) }
     }
     schedule?.start()
     let outcome = machine.waitUntilOver()

@@ -176,6 +176,62 @@ struct HardeningTests {
     #expect(try shop.events("leave").count == 2 * count + 6)
   }
 
+  /// A machine that loads and unloads modules moves, and goes on from a file: with its views, its registration and whoever
+  /// was inside the loader; every visit is in one of the audits. It comes only where its policy is.
+  @Test(arguments: engines, [1, 2])
+  func theLoaderMovesWithTheMachine(_ engine: String, cpus: Int) throws {
+    let shop = try Workshop()
+    let count = engine == "soft" ? 30_000 : 40
+    var arguments = ["loader", "--engine", engine, "--cpus", "\(cpus)", "--time-limit", "240", "--harden", shop.policy]
+    for name in ["counter", "greeter", "sums"] { arguments += ["--module", try shop.signed(name)] }
+    arguments += ["--append", "cycles=\(count)", "--audit"]
+    func audit(_ index: Int) -> String { "\(shop.folder.path)/audit\(index)" }
+    var machine = try RunningVMM(arguments + [audit(0)])
+    #expect(machine.waitFor("module 2: returned 65"), "\(machine.text)")
+    for index in 1...3 {
+      let uri = "unix:\(shop.folder.path)/move\(index)"
+      let next = try RunningVMM(arguments + [audit(index), "--incoming", uri])
+      try machine.execute("stop")
+      let views = try machine.execute("x-swiftvmm-query-views") as? NSObject
+      try machine.execute("migrate", ["uri": uri])
+      while let state = try machine.execute("query-migrate") as? [String: Any],
+        ["setup", "active", "device"].contains(state["status"] as? String)
+      { usleep(2000) }
+      #expect(try ranges(next.execute("x-swiftvmm-query-views")) == ranges(views))
+      try next.execute("cont")
+      try machine.execute("quit")
+      #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+      machine = next
+      usleep(200_000)
+    }
+    let other = try Workshop(#", "wx": false"#)
+    let uri = "unix:\(shop.folder.path)/other"
+    let stranger = try RunningVMM(
+      arguments.map { $0 == shop.policy ? other.policy : $0 } + [other.audit, "--incoming", uri])
+    try machine.execute("migrate", ["uri": uri])
+    #expect(stranger.waitUntilExit() == 74)
+    #expect(stranger.text.contains("the machine has --harden of policy"), "\(stranger.text)")
+    let file = shop.folder.path + "/saved"
+    try machine.execute("x-swiftvmm-save", ["file": file, "stop": true])
+    #expect(machine.waitUntilExit() == 0, "\(machine.text)")
+    let restored = try RunningVMM(arguments + [audit(4), "--restore", file])
+    #expect(restored.waitUntilExit() == 0, "\(restored.text)")
+    #expect(restored.text.contains("cycles: \(count)"), "\(restored.text)")
+    #expect(restored.text.contains("loader: all passed"), "\(restored.text)")
+    let lines = try (0...4).flatMap { try String(contentsOfFile: audit($0), encoding: .utf8).split(separator: "\n") }
+    // Each load and each unload is a visit, after three of both before.
+    #expect(lines.filter { $0.contains("\"enter\"") }.count == 2 * count + 6)
+    #expect(!lines.contains { $0.contains("\"denied\"") })
+  }
+
+  /// The views' names, rights and ranges.
+  private func ranges(_ views: Any?) throws -> String {
+    let object = try #require(views as? [String: Any])
+    let list = (object["views"] as? [[String: Any]] ?? []).map { $0.filter { $0.key != "number" } }
+    #expect(list.count == 2)
+    return String(decoding: try JSONSerialization.data(withJSONObject: list, options: .sortedKeys), as: UTF8.self)
+  }
+
   @Test func toolsSayWhatIsWrong() throws {
     let shop = try Workshop()
     let check = try VMM.run("harden", "check", shop.policy)

@@ -5,6 +5,7 @@ import KVMAccelerator
 import LoaderHardening
 import MemoryViews
 import SoftAccelerator
+import StateTree
 import Testing
 
 /// Random hypercalls, switches and accesses by two vCPUs beside a small model of the rules: nothing is allowed that the model
@@ -151,6 +152,7 @@ private final class ModelRun {
 
   func run(steps: UInt64) throws {
     for step in 0..<steps {
+      if step % 500 == 499 { try saveAndRestore() }
       let index = Int(generator.next() & 1)
       let entersLoader = generator.next() % 3 == 0
       let code = entersLoader ? Self.loader : Self.kernel
@@ -185,6 +187,21 @@ private final class ModelRun {
       case .call: try changeRights(index, page, code: code, step)
       }
     }
+  }
+
+  /// Everything goes on as it was from what was saved, wherever the vCPUs are; what is cut is an error.
+  private func saveAndRestore() throws {
+    let node = supervisor.save()
+    let cut = StateNode(node.name, version: 1) { writer in
+      for byte in node.payload.dropLast(1 + Int(generator.next() % UInt64(node.payload.count - 1))) {
+        writer.write(byte)
+      }
+    }
+    #expect(throws: StateError.self) { _ = try supervisor.restore(StateNode("machine", version: 1, children: [cut])) }
+    let states = try vcpus.map { try $0.readState() }
+    try supervisor.restore(StateNode("machine", version: 1, children: [node]))()
+    for (vcpu, state) in zip(vcpus, states) { try vcpu.writeState(state) }
+    #expect(supervisor.save() == node)
   }
 
   private func changeRights(_ index: Int, _ page: Int, code: UInt64, _ step: UInt64) throws {

@@ -1,6 +1,7 @@
 import Accelerator
 import BlockLayer
 import GuestMemory
+import LoaderHardening
 import Machine
 import StateTree
 
@@ -14,7 +15,7 @@ struct MachineDescription: Equatable {
   }
 
   static let nodeName = "configuration"
-  private static let version: UInt32 = 2
+  private static let version: UInt32 = 3
   private static let maximumText = 4096
 
   var engine: String
@@ -24,8 +25,11 @@ struct MachineDescription: Equatable {
   var disks: [Disk]
   /// Since version 2; before, a machine with an agent's port could not be saved.
   var hasAgent = false
+  /// The policy's identity, empty where there is none; since version 3, in the same way.
+  var hardening = ""
 
-  init(_ machine: Machine, engine: String, hasAgent: Bool, disks: RunDisks?) {
+  init(_ machine: Machine, engine: String, hasAgent: Bool, disks: RunDisks?, hardening: HardeningPolicy?) {
+    self.hardening = hardening?.identity ?? ""
     self.engine = engine
     self.hasAgent = hasAgent
     cpus = UInt32(machine.vcpus.count)
@@ -63,6 +67,7 @@ struct MachineDescription: Equatable {
       disks.append(Disk(name: name, slot: slot, path: path, isReadOnly: try reader.read()))
     }
     if version >= 2 { hasAgent = try reader.read() }
+    if version >= 3 { hardening = try reader.readString(limit: Self.maximumText) }
   }
 
   var node: StateNode {
@@ -79,6 +84,7 @@ struct MachineDescription: Equatable {
         writer.write(disk.isReadOnly)
       }
       writer.write(hasAgent)
+      writer.write(hardening)
     }
   }
 
@@ -96,6 +102,10 @@ struct MachineDescription: Equatable {
     if memory != here.memory { return ("--memory", "\(memory >> 10)K", "\(here.memory >> 10)K") }
     if controllers != here.controllers { return ("interrupt controllers", controllers, here.controllers) }
     if hasAgent != here.hasAgent { return ("--agent", hasAgent ? "yes" : "no", here.hasAgent ? "yes" : "no") }
+    if hardening != here.hardening {
+      let text = { (identity: String) in identity.isEmpty ? "none" : "of policy \(identity)" }
+      return ("--harden", text(hardening), text(here.hardening))
+    }
     return disks == here.disks ? nil : ("the disks", Self.text(disks), Self.text(here.disks))
   }
 

@@ -1,6 +1,7 @@
 import BlockLayer
 import GuestMemory
 import Host
+import LoaderHardening
 import Machine
 import Monitor
 import SavedMachine
@@ -15,9 +16,11 @@ final class MachineSaver: Sendable {
   private let engine: String
   let disks: DiskControl?
   private let hasAgent: Bool
+  private let hardening: HardeningPolicy?
 
-  init(_ machine: Machine, engine: String, disks: DiskControl?, hasAgent: Bool) {
+  init(_ machine: Machine, engine: String, disks: DiskControl?, hasAgent: Bool, hardening: HardeningPolicy?) {
     self.hasAgent = hasAgent
+    self.hardening = hardening
     self.machine = machine
     self.engine = engine
     self.disks = disks
@@ -94,7 +97,7 @@ final class MachineSaver: Sendable {
 
   /// What the machine is made of.
   var description: MachineDescription {
-    MachineDescription(machine, engine: engine, hasAgent: hasAgent, disks: disks?.disks)
+    MachineDescription(machine, engine: engine, hasAgent: hasAgent, disks: disks?.disks, hardening: hardening)
   }
 
   /// Makes durable what the guest has written to its disks.
