@@ -80,6 +80,8 @@ extension LoaderHardening {
   /// Makes the views as they were and puts every vCPU into the one that it was in; their registers come after that.
   ///
   /// - Parameter node: the machine's.
+  /// - Returns: what does that; this alone changes nothing.
+  /// - Throws: what is wrong with the node.
   public func restore(_ node: StateNode) throws(StateError) -> @Sendable () throws(AcceleratorError) -> Void {
     guard let attached = machine.withLock({ $0 }) else { return { () throws(AcceleratorError) in } }
     let count = attached.visitors.count
