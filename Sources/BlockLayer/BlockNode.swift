@@ -24,6 +24,8 @@ public final class BlockRequest {
   public var length: UInt64
   /// For `writeZeroes`: the host's storage may be given back.
   public var mayUnmap = false
+  /// One of many of a job's: nobody waits for it alone.
+  var isBulk = false
   /// What is read into or written from.
   public var memory = IOVectors()
   /// Called once, with the error, if any.

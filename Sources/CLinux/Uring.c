@@ -63,11 +63,11 @@ void clinux_uring_close(struct clinux_uring *ring) {
 // What an operation has whose outcome nobody minds.
 static const uint64_t CLINUX_URING_NO_TOKEN = UINT64_MAX;
 
-// Bytes from which a transfer is left to a worker, so that it does not hold up its submitter.
-enum { CLINUX_URING_LARGE = 256 << 10 };
+// Bytes from which a transfer is left to a worker, so that it does not hold up its submitter; in bulk, where nobody waits for one alone.
+enum { CLINUX_URING_LARGE = 256 << 10, CLINUX_URING_LARGE_IN_BULK = 64 << 10 };
 
 int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
-                       const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token) {
+                       const struct iovec *vectors, unsigned count, uint64_t offset, int in_bulk, uint64_t token) {
   unsigned tail = *ring->sq_tail;
   if (tail - __atomic_load_n(ring->sq_head, __ATOMIC_ACQUIRE) >= ring->entries) return 0;
   unsigned index = tail & ring->sq_mask;
@@ -83,7 +83,8 @@ int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation op
     entry->len = count;
     entry->off = offset;
     // Copying so much from or to the page cache takes longer than handing it to a worker of the kernel's does.
-    if (count > 0 && vectors[0].iov_len >= CLINUX_URING_LARGE) entry->flags = IOSQE_ASYNC;
+    if (count > 0 && vectors[0].iov_len >= (in_bulk ? CLINUX_URING_LARGE_IN_BULK : CLINUX_URING_LARGE))
+      entry->flags = IOSQE_ASYNC;
     break;
   case CLINUX_URING_SYNC_DATA:
     entry->opcode = IORING_OP_FSYNC;

@@ -62,7 +62,7 @@ public final class IOUringQueue: IOQueue {
     }
     let queued = clinux_uring_queue(
       &ring, operation, request.descriptor, request.memory.pointer, UInt32(min(request.memory.count, 1024)),
-      request.position, UInt64(place))
+      request.position, request.isBulk ? 1 : 0, UInt64(place))
     if queued == 0 { waiting.append(place) }
   }
 

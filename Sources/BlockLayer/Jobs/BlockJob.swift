@@ -66,7 +66,7 @@ public class BlockJob {
   public func pump() {
     guard !isPumping, !hasEnded else { return }
     isPumping = true
-    while isGoingOn, inFlight < parallel, delay == nil {
+    while isGoingOn, hasRoom, delay == nil {
       // Held, so that a stretch whose requests complete at once does not end the job from within.
       inFlight += 1
       do throws(BlockError) {
@@ -85,6 +85,13 @@ public class BlockJob {
       onEnd?()
     }
   }
+
+  /// Small stretches may be more, as long as they are no more bytes.
+  private var hasRoom: Bool {
+    inFlight < parallel
+      || inFlight < parallel * Self.smallStretches && pending + UInt64(stretch) <= UInt64(parallel * stretch)
+  }
+  private static let smallStretches = 16
 
   private var isGoingOn: Bool { position < total && error == nil && !isCancelled && !isSettled }
 
@@ -152,6 +159,7 @@ final class StretchRead {
   func read(_ layer: any BlockNode, at offset: UInt64, length: UInt64, into target: UnsafeMutableRawPointer) {
     outstanding += 1
     let request = BlockRequest(.read, offset: offset, length: length) { [self] error in end(error) }
+    request.isBulk = true
     request.memory.append(target, Int(length))
     layer.submit(request)
   }

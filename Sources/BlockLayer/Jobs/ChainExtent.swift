@@ -35,13 +35,75 @@ extension BlockNode {
   }
 }
 
+/// A walk over a disk with layers, most of it in ascending order: each layer is asked once for a stretch, not again for every
+/// extent of the layers below it. What the walk reads does not change meanwhile.
+struct ChainWalk {
+  private struct Layer {
+    let node: any BlockNode
+    /// What it said last.
+    var known: BlockExtent
+  }
+
+  private var layers: [Layer] = []
+
+  /// All layers of a disk, or its upper ones, so many.
+  init(_ top: any BlockNode, layers count: Int = .max) {
+    var next: (any BlockNode)? = top
+    while let node = next, layers.count < count {
+      layers.append(
+        Layer(node: node, known: BlockExtent(offset: 0, length: 0, isAllocated: false, isData: false, isZero: false)))
+      next = node.backingNode
+    }
+  }
+
+  /// As `BlockNode.chainExtent`; nil where the upper layers say nothing, which are all that it looks at, and more are below.
+  mutating func extent(
+    at offset: UInt64, length: UInt64
+  ) throws(BlockError) -> (found: ChainExtent?, length: UInt64) {
+    var limit = UInt64.max - offset
+    for depth in layers.indices {
+      let size = layers[depth].node.size
+      if depth > 0, offset >= size {
+        var extent = layers[depth - 1].known.advanced(to: offset)
+        extent.length = min(length, limit)
+        extent.isZero = true
+        return (ChainExtent(extent: extent, depth: depth - 1, layer: layers[depth - 1].node), extent.length)
+      }
+      if !layers[depth].known.contains(offset) {
+        layers[depth].known = try layers[depth].node.extent(at: offset, length: min(limit, size - min(offset, size)))
+      }
+      var extent = layers[depth].known.advanced(to: offset)
+      limit = min(limit, extent.length)
+      let isLast = depth == layers.count - 1 && layers[depth].node.backingNode == nil
+      guard extent.isAllocated || isLast else { continue }
+      extent.length = min(length, limit)
+      return (ChainExtent(extent: extent, depth: depth, layer: layers[depth].node), extent.length)
+    }
+    return (nil, min(length, limit))
+  }
+}
+
+extension BlockExtent {
+  fileprivate func contains(_ place: UInt64) -> Bool { place >= offset && place - offset < length }
+
+  /// What is left of it from a place within it on.
+  fileprivate func advanced(to place: UInt64) -> BlockExtent {
+    var rest = self
+    let distance = place - offset
+    rest.offset = place
+    rest.length -= distance
+    rest.hostOffset = hostOffset.map { $0 + distance }
+    return rest
+  }
+}
+
 extension BlockNode {
   /// Calls `body` for every stretch of the disk, as long as possible, in order.
   public func forEachExtent(_ body: (ChainExtent) throws -> Void) throws {
+    var walk = ChainWalk(self)
     var pending: ChainExtent?
     var offset: UInt64 = 0
-    while offset < size {
-      let next = try chainExtent(at: offset, length: size - offset)
+    while offset < size, let next = try walk.extent(at: offset, length: size - offset).found {
       offset += next.extent.length
       if let last = pending, last.isContinued(by: next) {
         pending?.extent.length += next.extent.length
@@ -55,12 +117,14 @@ extension BlockNode {
 
   /// The first byte that one disk stores and the other, of the same size, does not.
   public func firstStoredDifference(from other: any BlockNode) throws(BlockError) -> UInt64? {
+    var (mine, theirs) = (ChainWalk(self), ChainWalk(other))
     var offset: UInt64 = 0
-    while offset < min(size, other.size) {
-      let mine = try chainExtent(at: offset, length: size - offset).extent
-      let theirs = try other.chainExtent(at: offset, length: mine.length).extent
-      if mine.isData != theirs.isData { return offset }
-      offset += theirs.length
+    while offset < min(size, other.size),
+      let one = try mine.extent(at: offset, length: size - offset).found,
+      let two = try theirs.extent(at: offset, length: one.extent.length).found
+    {
+      if one.extent.isData != two.extent.isData { return offset }
+      offset += two.extent.length
     }
     return nil
   }

@@ -4,8 +4,8 @@ import Glibc
 ///
 /// A rebase is the same with a repair: what differs is written into a layer above.
 public class CompareJob: BlockJob {
-  fileprivate let left: (any BlockNode)?
-  fileprivate let right: (any BlockNode)?
+  private var left: Side
+  private var right: Side
   /// The first byte that differs.
   public private(set) var firstDifference: UInt64?
 
@@ -16,9 +16,47 @@ public class CompareJob: BlockJob {
 
   /// nil is a disk of zeros.
   fileprivate init(left: (any BlockNode)?, right: (any BlockNode)?, total: UInt64, stretch: Int = stretch) {
-    self.left = left
-    self.right = right
+    self.left = Side(left)
+    self.right = Side(right)
     super.init(total: total, stretch: stretch)
+  }
+
+  /// One of the two disks, and where the bytes of the stretch in hand are; nil for a disk of zeros.
+  private struct Side {
+    private let node: (any BlockNode)?
+    private var walk: ChainWalk?
+    private(set) var pieces: [(layer: (any BlockNode)?, length: UInt64)] = []
+
+    init(_ node: (any BlockNode)?) {
+      self.node = node
+      walk = node.map { ChainWalk($0) }
+    }
+
+    /// The layer that holds the bytes; nil for zeros.
+    mutating func state(
+      at offset: UInt64, length: UInt64
+    ) throws(BlockError) -> (layer: (any BlockNode)?, length: UInt64, isZero: Bool) {
+      guard let node, offset < node.size else { return (nil, length, true) }
+      guard let found = try walk?.extent(at: offset, length: length).found else { return (nil, length, true) }
+      return (found.layer, found.extent.length, found.extent.isZero)
+    }
+
+    mutating func begin() { pieces.removeAll(keepingCapacity: true) }
+
+    mutating func add(_ layer: (any BlockNode)?, _ length: UInt64) { pieces.append((layer, length)) }
+
+    /// Reads the stretch in hand.
+    func read(at position: UInt64, into bytes: UnsafeMutableRawPointer, by read: StretchRead) {
+      var done: UInt64 = 0
+      for piece in pieces {
+        if let layer = piece.layer {
+          read.read(layer, at: position + done, length: piece.length, into: bytes + Int(done))
+        } else {
+          memset(bytes + Int(done), 0, Int(piece.length))
+        }
+        done += piece.length
+      }
+    }
   }
 
   // Requests are begun in order: once one differs, those behind it cannot tell of an earlier place.
@@ -30,35 +68,39 @@ public class CompareJob: BlockJob {
 
   /// A stretch that is known to be the same, or one of data up to where the next such begins.
   fileprivate func compare(at position: UInt64, length: UInt64) throws(BlockError) -> UInt64 {
-    var (isSame, covered) = try foreknown(at: position, length: length)
-    if isSame { return covered }
+    left.begin()
+    right.begin()
     let most = min(length, UInt64(stretch))
+    var covered: UInt64 = 0
     while covered < most {
-      let next = try foreknown(at: position + covered, length: most - covered)
-      if next.isSame { break }
-      covered += next.length
+      // What is known to be the same may be longer than a stretch.
+      let (isSame, next) = try foreknown(
+        at: position + covered, length: (covered == 0 ? length : most) - covered, upTo: most - covered)
+      if isSame {
+        if covered == 0 { return next }
+        break
+      }
+      covered += next
     }
-    return try readBoth(at: position, length: min(covered, most))
+    readBoth(at: position, length: covered)
+    return covered
   }
 
-  /// Whether metadata alone says that both hold the same.
-  private func foreknown(at position: UInt64, length: UInt64) throws(BlockError) -> (isSame: Bool, length: UInt64) {
-    let one = try Self.state(left, at: position, length: length)
-    let other = try Self.state(right, at: position, length: one.length)
+  /// Whether metadata alone says that both hold the same; else the next piece of the stretch, of at most `most` bytes, is noted.
+  private func foreknown(
+    at position: UInt64, length: UInt64, upTo most: UInt64
+  ) throws(BlockError) -> (isSame: Bool, length: UInt64) {
+    let one = try left.state(at: position, length: length)
+    let other = try right.state(at: position, length: one.length)
     if one.isZero, other.isZero { return (true, other.length) }
-    guard let mine = one.layer, let theirs = other.layer else { return (false, other.length) }
-    return (mine.isSameLayer(as: theirs), other.length)
+    if let mine = one.layer, let theirs = other.layer, mine.isSameLayer(as: theirs) { return (true, other.length) }
+    let covered = min(other.length, most)
+    left.add(one.isZero ? nil : one.layer, covered)
+    right.add(other.isZero ? nil : other.layer, covered)
+    return (false, covered)
   }
 
-  private static func state(
-    _ node: (any BlockNode)?, at offset: UInt64, length: UInt64
-  ) throws(BlockError) -> (isZero: Bool, length: UInt64, layer: (any BlockNode)?) {
-    guard let node, offset < node.size else { return (true, length, nil) }
-    let found = try node.chainExtent(at: offset, length: length)
-    return (found.extent.isZero, found.extent.length, found.layer)
-  }
-
-  private func readBoth(at position: UInt64, length: UInt64) throws(BlockError) -> UInt64 {
+  private func readBoth(at position: UInt64, length: UInt64) {
     let one = takeBuffer()
     let other = takeBuffer()
     started(length)
@@ -70,36 +112,9 @@ public class CompareJob: BlockJob {
       }
       judge(one, other, at: position, length)
     }
-    do throws(BlockError) {
-      try Self.read(left, at: position, length: length, into: one.start, by: read)
-      try Self.read(right, at: position, length: length, into: other.start, by: read)
-    } catch {
-      read.fail(error)
-    }
+    left.read(at: position, into: one.start, by: read)
+    right.read(at: position, into: other.start, by: read)
     read.commit()
-    return length
-  }
-
-  /// Reads from the layers that hold the bytes.
-  private static func read(
-    _ node: (any BlockNode)?, at position: UInt64, length: UInt64, into bytes: UnsafeMutableRawPointer,
-    by read: StretchRead
-  ) throws(BlockError) {
-    var done: UInt64 = 0
-    while done < length {
-      let place = position + done
-      guard let node, place < node.size else {
-        memset(bytes + Int(done), 0, Int(length - done))
-        return
-      }
-      let found = try node.chainExtent(at: place, length: length - done)
-      if found.extent.isZero {
-        memset(bytes + Int(done), 0, Int(found.extent.length))
-      } else {
-        read.read(found.layer, at: place, length: found.extent.length, into: bytes + Int(done))
-      }
-      done += found.extent.length
-    }
   }
 
   private func judge(_ one: DiskBuffer, _ other: DiskBuffer, at position: UInt64, _ length: UInt64) {
@@ -134,10 +149,13 @@ public class CompareJob: BlockJob {
 /// is written into the image itself.
 public final class RebaseJob: CompareJob {
   private let overlay: Qcow2Image
+  /// What it holds itself: what the job writes is behind the walk.
+  private var walk: ChainWalk
 
   /// `overlay` has the old backing file as its backing node; nil for `new` is no backing file any more.
   public init(_ overlay: Qcow2Image, to new: (any BlockNode)?) {
     self.overlay = overlay
+    walk = ChainWalk(overlay, layers: 1)
     let stretch = max(Int(overlay.clusterSize), Self.stretch)
     super.init(left: overlay.backing, right: new, total: overlay.size, stretch: stretch)
   }
@@ -145,8 +163,8 @@ public final class RebaseJob: CompareJob {
   override var isSettled: Bool { false }
 
   override func begin(at position: UInt64) throws(BlockError) -> UInt64 {
-    let extent = try overlay.extent(at: position, length: total - position)
-    return extent.isAllocated ? extent.length : try compare(at: position, length: extent.length)
+    let (own, length) = try walk.extent(at: position, length: total - position)
+    return own?.extent.isAllocated ?? false ? length : try compare(at: position, length: length)
   }
 
   override fileprivate func differs(

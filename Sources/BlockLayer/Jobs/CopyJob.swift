@@ -24,6 +24,7 @@ public final class CopyJob: BlockJob {
   private let options: Options
   /// Zeros are looked for in blocks of so many bytes, which the target can leave out.
   private let granularity: Int
+  private var walk: ChainWalk
 
   /// The target is at least as large as the source.
   public init(from source: any BlockNode, to target: any BlockNode, _ options: Options = Options()) {
@@ -32,6 +33,7 @@ public final class CopyJob: BlockJob {
     self.options = options
     let unit = (target as? Qcow2Image)?.clusterSize ?? 512
     granularity = Int(min(max(options.sparse, unit), UInt64(Self.largestStretch)))
+    walk = ChainWalk(source, layers: options.layers ?? .max)
     super.init(total: source.size, stretch: max(granularity, Self.stretch))
   }
 
@@ -65,9 +67,9 @@ public final class CopyJob: BlockJob {
       }
       length = min(length, ranges[next].upperBound - offset)
     }
-    let found = try source.chainExtent(at: offset, length: length)
-    if let layers = options.layers, found.depth >= layers { return (.elsewhere, found.extent.length, found.layer) }
-    return (found.extent.isZero ? .zero : .data, found.extent.length, found.layer)
+    let (found, covered) = try walk.extent(at: offset, length: length)
+    guard let found else { return (.elsewhere, covered, source) }
+    return (found.extent.isZero ? .zero : .data, covered, found.layer)
   }
 
   private func firstRange(endingAfter offset: UInt64, _ ranges: [Range<UInt64>]) -> Int {
@@ -188,6 +190,7 @@ final class StretchWrite {
   func write(_ node: any BlockNode, at offset: UInt64, length: UInt64, from source: UnsafeMutableRawPointer) {
     outstanding += 1
     let request = BlockRequest(.write, offset: offset, length: length) { [self] error in end(error) }
+    request.isBulk = true
     request.memory.append(source, Int(length))
     node.submit(request)
   }

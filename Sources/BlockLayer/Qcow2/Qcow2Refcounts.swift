@@ -26,7 +26,8 @@ struct TableSector {
 
 /// The refcounts of an image's clusters, and with them the allocation of host clusters ("Host cluster management").
 final class Qcow2Refcounts {
-  weak var owner: Qcow2Image?
+  /// Outlives it. A weak reference would make every use of the image dearer.
+  unowned var owner: Qcow2Image?
   private let file: any BlockFile
   private let clusterSize: UInt64
   private let clusterBits: UInt64

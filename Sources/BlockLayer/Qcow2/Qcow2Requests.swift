@@ -39,6 +39,7 @@ class Qcow2Request {
       then(error)
       end(error)
     }
+    child.isBulk = request.isBulk
     memory(&child.memory)
     image.file.submit(child)
   }
@@ -80,6 +81,7 @@ final class Qcow2Read: Qcow2Request {
     guard let backing = image.backing, inBacking > 0 else { return }
     begin()
     let child = BlockRequest(.read, offset: offset, length: inBacking) { [self] error in end(error) }
+    child.isBulk = request.isBulk
     child.memory.append(request.memory, from: start, length: Int(inBacking))
     backing.submit(child)
   }

@@ -172,9 +172,10 @@ struct clinux_uring {
 int clinux_uring_open(struct clinux_uring *ring, unsigned entries, int notifier);
 void clinux_uring_close(struct clinux_uring *ring);
 
-/// Queues one operation; 0 where the submission queue is full. The vectors stay until the operation has completed.
+/// Queues one operation; 0 where the submission queue is full. The vectors stay until the operation has completed. `in_bulk`: many
+/// are under way, and how long one of them takes matters to nobody.
 int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation operation, int file,
-                       const struct iovec *vectors, unsigned count, uint64_t offset, uint64_t token);
+                       const struct iovec *vectors, unsigned count, uint64_t offset, int in_bulk, uint64_t token);
 /// Queues fallocate(2) of a range, for the write that is queued next and waits for it, whatever comes of it; 0 where there is no
 /// room for both.
 int clinux_uring_queue_allocation(struct clinux_uring *ring, int file, uint64_t offset, uint64_t length);

@@ -13,20 +13,27 @@ struct DiskBenchmark {
       .init(name: "swiftvmm", unit: "ms", digits: 0), .init(name: "qemu-img", unit: "ms", digits: 0),
     ])
     let folder = try TemporaryDirectory()
-    do throws(BlockError) {
-      try Self.makeImages(folder.path)
-    } catch {
-      throw .disk(error)
-    }
-    let (raw, chain, copy) = ("\(folder.path)/raw", "\(folder.path)/c5", "\(folder.path)/copy")
-    let overlay = "\(folder.path)/overlay"
-    try add(&table, "flatten 6 layers to raw", ["convert", "-q", "-O", "raw", chain, copy], removing: copy)
-    try add(&table, "flatten 6 layers to qcow2", ["convert", "-q", "-O", "qcow2", chain, copy], removing: copy)
-    try add(&table, "convert raw to qcow2", ["convert", "-q", "-O", "qcow2", raw, copy], removing: copy)
+    let images: ScatteredImages
+    do throws(BlockError) { images = try ScatteredImages(in: folder.path) } catch { throw .disk(error) }
+    func path(_ name: String) -> String { "\(folder.path)/\(name)" }
+    let (raw, chain, copy, overlay) = (path("raw"), path("l5"), path("copy"), path("overlay"))
+    let remove = { _ = unlink(copy) }
+    try add(&table, "flatten 6 images to raw", ["convert", "-q", "-O", "raw", chain, copy], before: remove)
+    try add(&table, "flatten 6 images to qcow2", ["convert", "-q", "-O", "qcow2", chain, copy], before: remove)
+    try add(
+      &table, "convert raw to qcow2", ["convert", "-q", "-f", "raw", "-O", "qcow2", raw, copy], before: remove)
+    remove()
     try add(&table, "map", ["map", "--output", "json", chain])
-    try add(&table, "compare with raw", ["compare", "-q", chain, raw])
-    try add(&table, "commit 32 MiB", ["commit", "-q", overlay], over: chain, overlay)
-    try add(&table, "safe rebase", ["rebase", "-b", "\(folder.path)/c4", "-F", "qcow2", overlay], over: chain, overlay)
+    try add(&table, "compare raw with qcow2", ["compare", "-q", raw, path("base")])
+    try add(&table, "commit 32 MiB", ["commit", "-q", overlay]) { () throws(BlockError) in
+      try images.makeLayer(4, as: "below", over: "l3")
+      try images.makeLayer(5, as: "overlay", over: "below")
+    }
+    try add(
+      &table, "safe rebase over two layers less", ["rebase", "-b", path("l2"), "-F", "qcow2", overlay]
+    ) { () throws(BlockError) in
+      try images.makeLayer(5, as: "overlay", over: "l4")
+    }
     return table
   }
 
@@ -71,26 +78,9 @@ struct DiskBenchmark {
     try Qcow2Image.create(options, in: file)
   }
 
-  /// A layer with 32 MiB of its own over the chain.
-  private func makeOverlay(_ path: String, over chain: String) throws(Failure) {
-    do throws(BlockError) {
-      let queue = try makeIOQueue()
-      try Self.makeLayer(path, over: chain, queue)
-      let overlay = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
-      let buffer = DiskBuffer(count: 1 << 20, zeroed: true)
-      memset(buffer.start, 9, 1 << 20)
-      for index in UInt64(100)..<132 {
-        try overlay.top.perform(.write, at: index << 20, memory: buffer.bytes, on: queue)
-      }
-      try overlay.close()
-    } catch {
-      throw .disk(error)
-    }
-  }
-
   private func add(
-    _ table: inout BenchTable, _ name: String, _ arguments: [String], removing target: String? = nil,
-    over chain: String? = nil, _ overlay: String? = nil
+    _ table: inout BenchTable, _ name: String, _ arguments: [String],
+    before prepare: () throws(BlockError) -> Void = {}
   ) throws(Failure) {
     var figures: [[Double]] = [[], []]
     var note = ""
@@ -99,13 +89,12 @@ struct DiskBenchmark {
       // Whoever begins finds memory that the host has taken back meanwhile: each does in turn.
       let order = run % 2 == 0 ? programs : programs.reversed()
       for (index, program) in order where note.isEmpty || index == 0 {
-        if let chain, let overlay { try makeOverlay(overlay, over: chain) }
+        do throws(BlockError) { try prepare() } catch { throw .disk(error) }
         // Else one command would wait for what the one before has written.
         sync()
         let process = BenchProcess(name: program[0], command: program + arguments)
         let child = try process.run { note = $0 }
         if let child { figures[index].append(Double(child.wallNanoseconds) / 1e6) }
-        if let target { unlink(target) }
       }
     }
     table.add(name, figures.map { $0.isEmpty ? nil : Samples($0) }, note: note)

@@ -21,20 +21,56 @@ struct DiskMapCommand: ParsableCommand {
 
   private func printJSON(_ chain: BlockChain) throws {
     // Numbers and booleans only, a great many of them: written as they come.
-    var text = "["
+    var text = Text()
+    text.add("[")
     try chain.top.forEachExtent { found in
       let extent = found.extent
-      if extent.offset > 0 { text += ",\n" }
-      text += "{\"start\": \(extent.offset), \"length\": \(extent.length), \"depth\": \(found.depth), "
-      text += "\"present\": \(extent.isAllocated), \"zero\": \(extent.isZero), \"data\": \(extent.isData)"
-      if let offset = extent.hostOffset { text += ", \"offset\": \(offset)" }
-      text += "}"
-      if text.utf8.count > 1 << 16 {
-        print(text, terminator: "")
-        text = ""
+      if extent.offset > 0 { text.add(",\n") }
+      text.add("{\"start\": ", extent.offset)
+      text.add(", \"length\": ", extent.length)
+      text.add(", \"depth\": ", UInt64(found.depth))
+      text.add(", \"present\": ", extent.isAllocated)
+      text.add(", \"zero\": ", extent.isZero)
+      text.add(", \"data\": ", extent.isData)
+      if let offset = extent.hostOffset { text.add(", \"offset\": ", offset) }
+      text.add("}")
+      if text.isLong { text.print() }
+    }
+    text.add("]\n")
+    text.print()
+  }
+
+  /// ASCII text on its way to standard output.
+  private struct Text {
+    private var bytes: [UInt8] = []
+
+    var isLong: Bool { bytes.count > 1 << 16 }
+
+    mutating func add(_ text: StaticString) { text.withUTF8Buffer { bytes += $0 } }
+
+    mutating func add(_ name: StaticString, _ value: Bool) {
+      add(name)
+      add(value ? "true" : "false")
+    }
+
+    mutating func add(_ name: StaticString, _ value: UInt64) {
+      add(name)
+      var rest = value
+      withUnsafeTemporaryAllocation(of: UInt8.self, capacity: 20) { digits in
+        var first = digits.count
+        repeat {
+          first -= 1
+          digits[first] = UInt8(ascii: "0") + UInt8(rest % 10)
+          rest /= 10
+        } while rest > 0
+        bytes += digits[first...]
       }
     }
-    print(text + "]")
+
+    mutating func print() {
+      Swift.print(String(decoding: bytes, as: UTF8.self), terminator: "")
+      bytes.removeAll(keepingCapacity: true)
+    }
   }
 
   private func printTable(_ chain: BlockChain) throws {
