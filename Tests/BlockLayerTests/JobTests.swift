@@ -81,6 +81,32 @@ struct JobTests {
     try source.close()
   }
 
+  /// A walk over a chain finds at every place what a look at that place alone finds.
+  @Test(arguments: [512, 4096, 65536] as [UInt64]) func walksMissNothing(clusterSize: UInt64) throws {
+    let scratch = Scratch()
+    let queue = try makeIOQueue()
+    let layers = try makeChain(scratch, depth: 7, clusterSize: clusterSize, seed: clusterSize)
+    let chain = try BlockChain(path: layers[6], queue: queue)
+    var end: UInt64 = 0
+    var depths: Set<Int> = []
+    try chain.top.forEachExtent { found in
+      #expect(found.extent.offset == end && found.extent.length > 0)
+      end += found.extent.length
+      depths.insert(found.depth)
+      var place = found.extent.offset
+      while place < end {
+        let alone = try chain.top.chainExtent(at: place, length: end - place)
+        #expect(
+          alone.depth == found.depth && alone.layer === found.layer && alone.extent.isZero == found.extent.isZero
+            && alone.extent.isAllocated == found.extent.isAllocated && alone.extent.isData == found.extent.isData
+            && alone.extent.hostOffset == found.extent.hostOffset.map { $0 + (place - found.extent.offset) })
+        place += min(alone.extent.length, 512 * 7)
+      }
+    }
+    #expect(end == chain.top.size && depths.count >= 5)
+    try chain.close()
+  }
+
   /// What is set aside before it is written is what is written.
   @Test(arguments: [ImageFormat.raw, .qcow2], [false, true])
   func bulkCopiesKeepTheirHoles(format: ImageFormat, withThreads: Bool) throws {

@@ -54,6 +54,26 @@ struct QemuTests {
     try whatQemuWritesWeRead("cluster_size=\(clusterSize),compression_type=\(compression)")
   }
 
+  /// Images of version 2, which have no zero clusters; what we write into one stays of that version.
+  @Test func imagesOfVersion2AreReadAndWritten() throws {
+    try whatQemuWritesWeRead("compat=0.10")
+    let scratch = Scratch()
+    let path = scratch("old")
+    try #require(host("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", path, "8M").status == 0)
+    try #require(host("qemu-io", "-c", "write -P 0x11 0 1M", path).status == 0)
+    let queue = try makeIOQueue()
+    let chain = try BlockChain(path: path, access: FileAccess(writable: true), queue: queue)
+    try chain.top.fill(0x22, at: 512 << 10, 1 << 20, on: queue)
+    try chain.top.perform(.writeZeroes, at: 100 << 10, length: 64 << 10, mayUnmap: true, on: queue)
+    try chain.close()
+    let read = try host(
+      "qemu-io", "-c", "read -P 0x11 0 100k", "-c", "read -P 0 100k 64k", "-c", "read -P 0x11 164k 348k",
+      "-c", "read -P 0x22 512k 1M", "-c", "read -P 0 1536k 1M", path)
+    #expect(read.status == 0 && !read.output.contains("failed"), "\(read.output)")
+    #expect(try host("qemu-img", "check", path).status == 0)
+    #expect(try host("qemu-img", "info", path).output.contains("compat: 0.10"))
+  }
+
   @Test(arguments: [16384, 65536, 2 << 20])
   func subclustersThatQemuWritesWeRead(clusterSize: Int) throws {
     try whatQemuWritesWeRead("cluster_size=\(clusterSize),extended_l2=on")
