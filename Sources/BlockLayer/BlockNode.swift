@@ -34,6 +34,8 @@ public final class BlockRequest {
   var token: UInt64 = 0
   /// For an I/O queue: storage is set aside first for what is written.
   var allocates = false
+  /// For an I/O queue: a flush is fsync(2), as a folder needs, not fdatasync(2).
+  var syncsAll = false
   /// The descriptor and bytes that an I/O queue works on.
   var descriptor: Int32 = -1
   var position: UInt64 = 0

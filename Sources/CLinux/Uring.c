@@ -87,8 +87,9 @@ int clinux_uring_queue(struct clinux_uring *ring, enum clinux_uring_operation op
       entry->flags = IOSQE_ASYNC;
     break;
   case CLINUX_URING_SYNC_DATA:
+  case CLINUX_URING_SYNC:
     entry->opcode = IORING_OP_FSYNC;
-    entry->fsync_flags = IORING_FSYNC_DATASYNC;
+    entry->fsync_flags = operation == CLINUX_URING_SYNC_DATA ? IORING_FSYNC_DATASYNC : 0;
     break;
   }
   ring->sq_array[index] = index;

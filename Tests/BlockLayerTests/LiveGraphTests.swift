@@ -13,6 +13,9 @@ private final class ShuffledQueue: IOQueue {
   /// Requests to the file whose name ends so fail.
   var failingPath: String?
   var failure: Int32 = ENOSPC
+  /// Folders are flushed only later, and these are who waits for it.
+  var keepsFolders = false
+  private(set) var kept: [BlockRequest] = []
 
   init(seed: UInt64) { generator = SeededGenerator(seed) }
 
@@ -20,7 +23,14 @@ private final class ShuffledQueue: IOQueue {
     if let failingPath, path.hasSuffix(failingPath), request.operation != .flush {
       return works.append { [self] in request.completion(.io(call: "reach", path: path, errno: failure)) }
     }
+    if keepsFolders, request.syncsAll { return kept.append(request) }
     requests.append((request, descriptor))
+  }
+
+  func flushFolders() {
+    keepsFolders = false
+    for request in kept { requests.append((request, -1)) }
+    kept = []
   }
 
   func poll() { while wait() {} }
@@ -68,6 +78,7 @@ private final class Scene {
   private(set) var mismatches = 0
   private(set) var checked = 0
   private var nextFile = 0
+  private(set) var removed: [String] = []
   var ended: [(job: LiveJob, status: [String])] = []
   private var states: [String: [String]] = [:]
 
@@ -176,6 +187,14 @@ private final class Scene {
     return outcome ?? nil
   }
 
+  /// Every second time a commit removes the file of the layer that it merges.
+  func result(removing layer: LiveNode) -> CommitResult {
+    var result = CommitResult()
+    result.removesTop = random(0..<2) == 0
+    if result.removesTop { removed.append(layer.path) }
+    return result
+  }
+
   /// Changes something while no request is under way; returns what the disk holds at that instant.
   func atRest(_ body: @escaping () throws -> Void) throws -> [UInt8] {
     var outcome: Result<[UInt8], any Error>?
@@ -248,12 +267,14 @@ private final class Scene {
       case 3 where chain.count > 2:
         let top = scene.random(1..<(chain.count - 1))
         let base = scene.random((top + 1)..<chain.count)
-        try scene.graph.commit(id, scene.disk, top: chain[top], base: chain[base])
+        let result = scene.result(removing: chain[top])
+        try scene.graph.commit(id, scene.disk, top: chain[top], base: chain[base], result: result)
         scene.run { scene.graph.jobs.isEmpty }
         #expect(scene.disk.top.chain.count == chain.count - (base - top))
       case 4 where chain.count > 1:
         let base = scene.random(1..<chain.count)
-        try scene.graph.commit(id, scene.disk, top: scene.disk.top, base: chain[base])
+        let result = scene.result(removing: chain[0])
+        try scene.graph.commit(id, scene.disk, top: chain[0], base: chain[base], result: result)
         scene.run { scene.graph.jobs.isEmpty || scene.graph.jobs.values.first?.status == .ready }
         try scene.graph.jobs.values.first?.complete()
         scene.run { scene.graph.jobs.isEmpty }
@@ -287,6 +308,7 @@ private final class Scene {
         backups.append((target, model))
       default: continue
       }
+      #expect(scene.removed.allSatisfy { access($0, F_OK) != 0 })
       #expect(scene.ended.allSatisfy { $0.job.error == nil })
     }
     #expect(!scene.ended.isEmpty)
@@ -369,6 +391,39 @@ private final class Scene {
     #expect(scene.disk.top.chain.count == chain.count)
     scene.thread.failingPath = nil
     scene.run { scene.checked > 200 }
+    try scene.finish()
+  }
+
+  /// The guest goes on while the name of a merged layer's file goes, but no flush ends before it is gone for good.
+  @Test func aFlushWaitsForTheRemovalOfAMergedLayer() throws {
+    let scene = try Scene(seed: 31)
+    scene.run { scene.model.filter { $0 != 0 }.count > 300 }
+    #expect(try scene.snapshot() == nil)
+    scene.run { scene.model.filter { $0 != 0 }.count > 600 }
+    let (graph, disk) = (scene.graph, scene.disk)
+    let (top, base) = (disk.top, try #require(disk.top.backing))
+    var result = CommitResult()
+    result.removesTop = true
+    try graph.commit("j", disk, top: top, base: base, result: result)
+    scene.run { graph.jobs["j"]?.status == .ready }
+    scene.settle()
+    scene.thread.keepsFolders = true
+    try graph.jobs["j"]?.complete()
+    scene.thread.run { disk.top === base }
+    #expect(access(top.path, F_OK) != 0 && scene.thread.kept.count == 1)
+    var isFlushed = false
+    disk.submit(BlockRequest(.flush) { isFlushed = $0 == nil })
+    try disk.fill(9, at: 0, Scene.sector, on: scene.thread)
+    #expect(try disk.contents(at: 0, Scene.sector, on: scene.thread).allSatisfy { $0 == 9 })
+    scene.model[0] = 9
+    scene.thread.poll()
+    #expect(!isFlushed && graph.jobs["j"]?.status == .pending)
+    graph.jobs["j"]?.cancel()
+    #expect(throws: BlockError.self) { try graph.jobs["j"]?.finalize() }
+    scene.thread.flushFolders()
+    scene.thread.poll()
+    #expect(isFlushed && graph.jobs.isEmpty && scene.ended.count == 1 && scene.ended[0].job.error == nil)
+    scene.run { scene.checked > 500 }
     try scene.finish()
   }
 

@@ -255,6 +255,9 @@ public final class HostFile: BlockFile {
     guard fdatasync(file.rawValue) == 0 else { throw .io(call: "flush", path: path, errno: errno) }
   }
 
+  /// The file has no name any more: nothing that is written to it is to be made durable.
+  func giveUp() { access.ignoresFlushes = true }
+
   /// ftruncate(2).
   public func setLength(_ length: UInt64) throws(BlockError) {
     guard !isReadOnly else { throw .readOnly(path: path) }

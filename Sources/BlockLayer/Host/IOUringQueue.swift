@@ -52,7 +52,7 @@ public final class IOUringQueue: IOQueue {
       switch request.operation {
       case .read: CLINUX_URING_READ
       case .write: CLINUX_URING_WRITE
-      default: CLINUX_URING_SYNC_DATA
+      default: request.syncsAll ? CLINUX_URING_SYNC : CLINUX_URING_SYNC_DATA
       }
     if request.allocates {
       guard clinux_uring_queue_allocation(&ring, request.descriptor, request.position, request.length) != 0 else {

@@ -89,7 +89,10 @@ public final class ThreadPoolQueue: IOQueue {
 
   /// 0, or an `errno`.
   private static func transfer(_ request: BlockRequest) -> Int32 {
-    if request.operation == .flush { return fdatasync(request.descriptor) == 0 ? 0 : errno }
+    if request.operation == .flush {
+      let status = request.syncsAll ? fsync(request.descriptor) : fdatasync(request.descriptor)
+      return status == 0 ? 0 : errno
+    }
     if request.allocates, let length = Int64(exactly: request.length) {
       // The write says what the host has no room for.
       _ = clinux_allocate(request.descriptor, Int64(request.position), length)

@@ -52,6 +52,8 @@ public final class BlockGraph {
   public var onCommit: (LiveDisk, LiveNode, LiveNode) -> Void = { _, _, _ in }
   /// Told of a disk whose top layer is about to go; the guest goes on.
   public var onPivot: (LiveDisk) -> Void = { _ in }
+  /// Files whose names are gone, but not yet durably.
+  var removals: Set<String> = []
   private let loop: EventLoop?
   private var nextNumber = 0
 
@@ -146,6 +148,7 @@ public final class BlockGraph {
   public func closeAll() throws(BlockError) {
     for disk in disks.values { removeDisk(disk) }
     var first: BlockError?
+    waitForRemovals()
     while let node = nodes.values.first(where: { $0.users == 0 }) {
       do throws(BlockError) { try close(node) } catch { first = first ?? error }
     }

@@ -19,6 +19,9 @@ public final class LiveDisk: BlockNode {
   private var waitingForIdle: [() -> Void] = []
   /// Layers that were the top with writes that no flush has covered yet; a flush of the disk begins with them.
   private var unflushed: [LiveNode] = []
+  /// Names of files that are going, and flushes that wait until they are gone for good.
+  private var removals = 0
+  private var waitingFlushes: [() -> Void] = []
   private let claims = RangeClaims()
   private var isClaiming = 0
   private var guards: [(owner: ObjectIdentifier, guard: any WriteGuard)] = []
@@ -54,7 +57,9 @@ public final class LiveDisk: BlockNode {
     if holds > 0 { return held.append(request) }
     underWay += 1
     let completion = request.completion
+    let isFlush = request.operation == .flush
     request.completion = { [self, unowned request] error in
+      if isFlush, removals > 0 { return waitingFlushes.append { [request] in request.completion(error) } }
       request.completion = completion
       completion(error)
       underWay -= 1
@@ -134,6 +139,19 @@ public final class LiveDisk: BlockNode {
     let waiting = waitingForIdle
     waitingForIdle = []
     for body in waiting { body() }
+  }
+
+  /// The name of a layer's file is gone, but may be there again after a power cut: no flush ends before `endRemoval`. So what is
+  /// newer than that layer is not promised to anybody meanwhile. The disk is held.
+  func beginRemoval() { removals += 1 }
+
+  /// The name is gone for good.
+  func endRemoval() {
+    removals -= 1
+    guard removals == 0 else { return }
+    let flushes = waitingFlushes
+    waitingFlushes = []
+    for flush in flushes { flush() }
   }
 
   /// Puts another layer at the top. The disk is held.

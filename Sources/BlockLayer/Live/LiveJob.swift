@@ -70,6 +70,7 @@ public class LiveJob {
   private var isCompleting = false
   private var isPreparing = false
   private var isSettling = false
+  private var isConcluding = false
   private var buffers: [DiskBuffer] = []
   private var slotStart: UInt64 = 0
   private var slotBytes: UInt64 = 0
@@ -145,7 +146,8 @@ public class LiveJob {
 
   /// Gives up at once.
   public func cancel() {
-    guard ![.concluded, .aborting, .null].contains(status) else { return }
+    // Once the layers are being changed it is too late.
+    guard ![.concluded, .aborting, .null].contains(status), !isConcluding else { return }
     isCancelled = true
     pauses = 0
     if status == .pending { return end() }
@@ -174,7 +176,7 @@ public class LiveJob {
 
   /// Carries out what a pending job has left to do.
   public func finalize() throws(BlockError) {
-    guard status == .pending else { throw .jobState(id, status.rawValue) }
+    guard status == .pending, !isConcluding else { throw .jobState(id, status.rawValue) }
     carryOut()
   }
 
@@ -252,6 +254,7 @@ public class LiveJob {
   }
 
   private func carryOut() {
+    isConcluding = true
     conclude { [self] error in
       if let error { fail(error) }
       end()
@@ -293,6 +296,19 @@ public class LiveJob {
       let range = todo.range(scanned).lowerBound..<todo.range(end - 1).upperBound
       scanned = end
       try scan(range)
+    }
+  }
+
+  /// Moves what is left, once over, while the guest goes on; what it writes again meanwhile stays.
+  func moveLeft(from start: Int = 0, then: @escaping (BlockError?) -> Void) {
+    guard let block = todo.next(from: start) else { return then(nil) }
+    let range = todo.range(block)
+    todo[block] = false
+    let buffer = DiskBuffer(count: range.count)
+    move(range, buffer) { [self] error in
+      // The writes have read from it until now.
+      withExtendedLifetime(buffer) {}
+      if let error { then(error) } else { moveLeft(from: block + 1, then: then) }
     }
   }
 

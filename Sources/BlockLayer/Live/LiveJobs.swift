@@ -156,45 +156,69 @@ final class CommitJob: LiveJob, WriteGuard {
 
   override func conclude(then: @escaping (BlockError?) -> Void) {
     if isActive { graph.onPivot(disk) }
-    disk.hold { [self] in
-      // A write may have come between the last stretch and the hold.
-      moveRest(from: top.node, to: base.node, where: isWanted) { [self] error in
-        if let error {
-          disk.release()
-          return then(error)
-        }
-        base.node.submit(
-          BlockRequest(.flush) { [self] error in
-            defer { disk.release() }
-            if let error { return then(error) }
-            do throws(BlockError) {
-              try dropLayers()
-              then(nil)
-            } catch {
-              then(error)
-            }
-          })
-      }
+    // Once more while the guest goes on, so that it waits for little.
+    moveLeft { [self] error in
+      if let error { return then(error) }
+      base.node.submit(
+        BlockRequest(.flush) { [self] error in
+          if let error { then(error) } else { disk.hold { [self] in moveLast(then: then) } }
+        })
     }
   }
 
-  private func dropLayers() throws(BlockError) {
-    if isActive {
-      if result.removesTop { try CommitResult.removeFile(top.path) }
-      disk.replaceTop(base)
-      disk.forget(top)
-      graph.drop(top)
-      return
+  /// The disk is held.
+  private func moveLast(then: @escaping (BlockError?) -> Void) {
+    moveRest(from: top.node, to: base.node, where: isWanted) { [self] error in
+      if let error {
+        disk.release()
+        return then(error)
+      }
+      base.node.submit(
+        BlockRequest(.flush) { [self] error in
+          if error == nil {
+            dropLayers(then: then)
+            disk.release()
+          } else {
+            disk.release()
+            then(error)
+          }
+        })
     }
-    guard let upper = disk.top.chain.first(where: { $0.backing === top }) else { return }
-    let wasReadOnly = upper.node.isReadOnly
-    try upper.setWritable(true)
-    try upper.qcow2?.setBacking(
-      name: BlockGraph.reference(to: base.path, from: upper.path), format: base.format.rawValue)
-    if wasReadOnly { try upper.setWritable(false) }
-    try graph.setBacking(of: upper, to: base)
-    if result.removesTop { try CommitResult.removeFile(top.path) }
+  }
+
+  /// What the layers hold is durable below. The disk is held, but not until `then`.
+  private func dropLayers(then: @escaping (BlockError?) -> Void) {
+    do throws(BlockError) {
+      if isActive {
+        if result.removesTop { try CommitResult.removeName(top.path) }
+        disk.replaceTop(base)
+        disk.forget(top)
+      } else if let upper = disk.top.chain.first(where: { $0.backing === top }) {
+        let wasReadOnly = upper.node.isReadOnly
+        try upper.setWritable(true)
+        try upper.qcow2?.setBacking(
+          name: BlockGraph.reference(to: base.path, from: upper.path), format: base.format.rawValue)
+        if wasReadOnly { try upper.setWritable(false) }
+        try graph.setBacking(of: upper, to: base)
+        if result.removesTop { try CommitResult.removeName(top.path) }
+      } else {
+        return then(nil)
+      }
+    } catch {
+      return then(error)
+    }
+    let path = top.path
+    guard result.removesTop else {
+      graph.drop(top)
+      return then(nil)
+    }
+    (top.file as? HostFile)?.giveUp()
     graph.drop(top)
+    disk.beginRemoval()
+    graph.makeRemovalDurable(of: path) { [self] in
+      disk.endRemoval()
+      then(nil)
+    }
   }
 
   override func didEnd(succeeded: Bool) {

@@ -66,10 +66,44 @@ public struct CommitResult: Sendable {
 
   /// Removes a file, and makes that durable as far as the host can.
   public static func removeFile(_ path: String) throws(BlockError) {
+    try removeName(path)
+    Folder(of: path)?.flush()
+  }
+
+  static func removeName(_ path: String) throws(BlockError) {
     guard unlink(path) == 0 || errno == ENOENT else { throw .io(call: "remove", path: path, errno: errno) }
+  }
+}
+
+/// The folder that a file is in.
+private final class Folder {
+  let descriptor: FileDescriptor
+
+  init?(of path: String) {
     let slash = path.lastIndex(of: "/")
     let folder = slash.map { path[..<$0].isEmpty ? "/" : String(path[..<$0]) } ?? "."
-    // Nobody can go back once the name is gone, so there is nothing to be done about an error.
-    if let descriptor = try? FileDescriptor.open(folder, O_RDONLY | O_DIRECTORY) { fsync(descriptor.rawValue) }
+    do throws(HostError) { descriptor = try FileDescriptor.open(folder, O_RDONLY | O_DIRECTORY) } catch { return nil }
+  }
+
+  // Nobody can go back once a name is gone, so there is nothing to be done about an error.
+  func flush() { fsync(descriptor.rawValue) }
+}
+
+extension BlockGraph {
+  /// Makes it durable that a file's name is gone, as far as the host can, and calls `then`; the disks' thread goes on meanwhile.
+  func makeRemovalDurable(of path: String, then: @escaping () -> Void) {
+    guard let folder = Folder(of: path) else { return then() }
+    removals.insert(path)
+    let request = BlockRequest(.flush) { [self] _ in
+      removals.remove(path)
+      withExtendedLifetime(folder) { then() }
+    }
+    request.syncsAll = true
+    queue.start(request, descriptor: folder.descriptor.rawValue, path: path)
+  }
+
+  /// Waits for it: whoever opens the layers next knows of no name that might be there again.
+  func waitForRemovals() {
+    for path in removals { Folder(of: path)?.flush() }
   }
 }

@@ -158,7 +158,7 @@ int clinux_signal_descriptor(const int *signals, int count);
 
 // io_uring(7), as one thread uses it that both submits and reaps.
 
-enum clinux_uring_operation { CLINUX_URING_READ, CLINUX_URING_WRITE, CLINUX_URING_SYNC_DATA };
+enum clinux_uring_operation { CLINUX_URING_READ, CLINUX_URING_WRITE, CLINUX_URING_SYNC_DATA, CLINUX_URING_SYNC };
 
 struct clinux_uring {
   int file;
