@@ -20,7 +20,7 @@ struct BackupTests {
 
     /// `place`: where the disks are, if not in the folder.
     init(
-      _ engine: String, formats: [String] = ["qcow2", "qcow2"], rate: Int = 0, in place: String? = nil
+      _ engine: String, formats: [String] = ["qcow2", "qcow2"], rate: Int = 0, depth: Int = 8, in place: String? = nil
     ) throws {
       let folder = try TemporaryFolder()
       self.folder = folder
@@ -34,7 +34,8 @@ struct BackupTests {
       let disks = images.enumerated().flatMap { ["--disk", "\($1),id=d\($0)"] }
       arguments =
         ["disk", "--engine", engine, "--time-limit", "300"] + disks + [
-          "--append", "mode=rewrite passes=100000 disks=\(images.count) rate=\(rate) \(BackupTests.options)",
+          "--append",
+          "mode=rewrite passes=100000 disks=\(images.count) rate=\(rate) depth=\(depth) \(BackupTests.options)",
         ]
       machine = try RunningVMM(arguments)
       #expect(machine.waitFor("flushed 200"), "\(machine.text)")
@@ -53,6 +54,22 @@ struct BackupTests {
       let count = machine.text.components(separatedBy: "flushed").count
       #expect(machine.waitFor("flushed", count: count + 1), "\(machine.text.suffix(2000))")
     }
+
+    /// Records, with the generations before, that the guest has flushed.
+    var flushed: Int { BackupTests.position(of: machine.text, "flushed") }
+
+    /// Waits for the backup's second layer, the one that it is read from.
+    func waitForTheSnapshot() throws {
+      for _ in 0..<1000 {
+        let answer = try machine.execute("x-swiftvmm-query-snapshots", ["all": true]) as? [String: Any]
+        let kinds = (answer?["temporary"] as? [[String: Any]] ?? []).compactMap { $0["kind"] as? String }
+        if kinds.count(where: { $0 == "backup-temporary" }) == images.count { return }
+        usleep(5_000)
+      }
+      Issue.record("no temporary snapshots")
+    }
+
+    func hashes() throws -> [String] { try images.map { try hostTool("sha256sum", $0).output } }
 
     func depths() throws -> [Int] {
       let blocks = try #require(try machine.execute("query-block") as? [[String: Any]])
@@ -75,8 +92,21 @@ struct BackupTests {
     }
   }
 
+  /// The last whole line that begins so: its record, behind those of all generations before.
+  static func position(of text: String, _ beginning: String) -> Int {
+    let lines = text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+    let numbers = lines.last { $0.hasPrefix(beginning) }?.split(separator: " ").compactMap { Int($0) } ?? []
+    guard numbers.count >= 2 else { return 0 }
+    return numbers[numbers.count - 1] * 200 + numbers[numbers.count - 2]
+  }
+
   /// The records of a writer that was cut off at any moment, on these disks.
-  static func verify(_ images: [String], flushed text: String? = nil, wasKilled: Bool = false) throws {
+  ///
+  /// - Returns: The last one's `position`.
+  @discardableResult
+  static func verify(_ images: [String], flushed text: String? = nil, wasKilled: Bool = false, more: String = "")
+    throws -> Int
+  {
     for image in images {
       let checked = try hostTool("qemu-img", "check", image)
       let isSound = [0, 63].contains(checked.status) || wasKilled && checked.status == 3
@@ -91,9 +121,10 @@ struct BackupTests {
     let disks = images.flatMap { ["--disk", $0] }
     let verified = try VMM.run(
       ["run", "disk", "--engine", "soft"] + disks + [
-        "--append", "mode=verify disks=\(images.count) \(options) \(expectation)",
+        "--append", "mode=verify disks=\(images.count) \(options) \(expectation) \(more)",
       ])
     #expect(verified.status == 0 && verified.output.contains("all passed"), "\(verified.output) \(verified.errors)")
+    return position(of: verified.output.replacing(",", with: ""), "found")
   }
 
   /// Restores a backup and returns its disks.
@@ -127,6 +158,52 @@ struct BackupTests {
     #expect(listed.output.components(separatedBy: "incremental").count == 5, "\(listed.output)")
     let text = try writer.end()
     try Self.verify(writer.images, flushed: text)
+  }
+
+  /// The cut is one instant for both disks. A guest with one request at a time a disk leaves at most two records before the last one
+  /// unfinished: all that it had been told of is there, and nothing that it began later. While the copy is read and the guest writes on,
+  /// no byte of the volumes changes.
+  @Test(arguments: engines)
+  func theCutIsOneInstant(engine: String) throws {
+    let writer = try Writer(engine, depth: 1)
+    for round in 0..<2 {
+      let target = "\(writer.folder.path)/\(round)/"
+      let before = writer.machine.text
+      let backup = try BackgroundProcess(["backup", writer.socket, "-q", "--target", target, "-r", "1M"])
+      try writer.waitForTheSnapshot()
+      backup.signal(SIGSTOP)
+      try writer.waitForTheSnapshot()
+      let latest = writer.flushed + 10
+      let hashes = try writer.hashes()
+      for _ in 0..<1000 where writer.flushed < latest + 40 { usleep(5_000) }
+      #expect(writer.flushed >= latest + 40)
+      #expect(try writer.hashes() == hashes)
+      backup.signal(SIGCONT)
+      #expect(backup.waitUntilExit() == 0, "\(backup.text)")
+      let found = try Self.verify(
+        Self.restore(target, writer.folder, "again\(round)"), flushed: before, more: "window=2")
+      #expect((Self.position(of: before, "flushed")...latest).contains(found), "\(found)")
+    }
+    let text = try writer.end()
+    try Self.verify(writer.images, flushed: text, more: "window=2")
+  }
+
+  /// The restored disks run by the command that `restore-backup` prints.
+  @Test func theRestoredMachineRuns() throws {
+    let writer = try Writer("soft")
+    let target = writer.folder.path + "/b/"
+    #expect(try writer.backUp("--target", target).status == 0)
+    _ = try writer.end()
+    let restored = try VMM.run("restore-backup", target, "--into", writer.folder.path + "/again")
+    let command = try #require(restored.output.split(separator: "\n").last { $0.hasPrefix("swiftvmm run ") })
+    let again = try RunningVMM(
+      hostTool("sh", "-c", "printf '%s\\n' \(command)").output.split(separator: "\n").dropFirst(2).map(String.init))
+    let found = Self.position(of: again.waitFor("flushed") ? again.text.replacing(",", with: "") : "", "found")
+    #expect(found > 200, "\(again.text)")
+    for _ in 0..<1000 where Self.position(of: again.text, "flushed") < found + 200 { usleep(10_000) }
+    #expect(Self.position(of: again.text, "flushed") >= found + 200, "\(again.text)")
+    try again.execute("quit")
+    #expect(again.waitUntilExit() == 0)
   }
 
   /// Bitmaps outlive the machine; raw disks have none and are copied whole.
@@ -189,6 +266,34 @@ struct BackupTests {
     #expect(appliance.text.contains("FAIL disk 0 record"), "\(appliance.text)")
     #expect(backup.waitUntilExit() == 0, "\(backup.text)")
     #expect(try writer.depths() == [0, 0])
+    #expect(writer.leftovers.isEmpty)
+    writer.goesOn()
+    let text = try writer.end()
+    try Self.verify(writer.images, flushed: text)
+  }
+
+  /// Whoever gets the snapshots may write there: a machine finishes what the writer was cut off in, and writes on. No byte of the
+  /// volumes changes, and neither does anything for the first machine's guest.
+  @Test(arguments: engines)
+  func aComponentWritesToItsOwnLayer(engine: String) throws {
+    let writer = try Writer(engine, formats: ["qcow2"])
+    let appliance = try RunningVMM([
+      "disk", "--engine", engine, "--time-limit", "300", "--append", "mode=plugged \(Self.options)",
+    ])
+    #expect(appliance.waitFor("waiting for a disk"))
+    let before = writer.flushed
+    let backup = try BackgroundProcess(["backup", writer.socket, "-q", "--to-vm", appliance.socket])
+    try writer.waitForTheSnapshot()
+    let hashes = try writer.hashes()
+    #expect(appliance.waitFor("flushed", count: 30), "\(appliance.text) \(backup.text)")
+    #expect(Self.position(of: appliance.text.replacing(",", with: ""), "found") >= before, "\(appliance.text)")
+    writer.goesOn()
+    #expect(try writer.depths() == [1])
+    #expect(try writer.hashes() == hashes)
+    try appliance.execute("device_del", ["id": "backup-d0"])
+    #expect(appliance.waitUntilExit() == 0, "\(appliance.text)")
+    #expect(backup.waitUntilExit() == 0, "\(backup.text)")
+    #expect(try writer.depths() == [0])
     #expect(writer.leftovers.isEmpty)
     writer.goesOn()
     let text = try writer.end()

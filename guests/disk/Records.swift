@@ -92,15 +92,18 @@ final class Records {
     return summary
   }
 
-  /// The first record of the last interval that left a trace: those before it were flushed before its writing began.
-  func begun(_ summary: Summary, flush: UInt64) -> UInt64 {
-    summary.last == 0 ? 1 : (summary.last - 1) / flush * flush + 1
+  /// The first record of the last interval that left a trace: those before it were flushed before its writing began. Where no more
+  /// than `window` records before a record may be under way with it, those before them were written too.
+  func begun(_ summary: Summary, flush: UInt64, window: UInt64 = .max) -> UInt64 {
+    if summary.last == 0 { return 1 }
+    let start = (summary.last - 1) / flush * flush + 1
+    return summary.last > window ? max(start, summary.last - window) : start
   }
 
   /// Ends the guest at the first record that is wrong: one of another generation than writing up to `summary` can have left,
-  /// with a flush every `flush` records, or older than what was `known` to be flushed.
-  func verify(_ summary: Summary, flush: UInt64, known: (record: UInt64, generation: UInt32)) {
-    let begun = begun(summary, flush: flush)
+  /// with a flush every `flush` records and `window` of them under way, or older than what was `known` to be flushed.
+  func verify(_ summary: Summary, flush: UInt64, window: UInt64, known: (record: UInt64, generation: UInt32)) {
+    let begun = begun(summary, flush: flush, window: window)
     for record in 1...count {
       let flushed = summary.generation == 0 || record < begun ? summary.generation : summary.generation - 1
       let acknowledged = record <= known.record || known.generation == 0 ? known.generation : known.generation - 1

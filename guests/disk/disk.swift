@@ -157,7 +157,9 @@ private final class DiskTest {
     say("found \(summary.whole) of \(records.count) records, last \(summary.last) generation \(summary.generation)")
     let known = StartInfo.number("expect", default: 0)
     let generation = known == 0 ? 0 : StartInfo.number("generation", default: 1)
-    records.verify(summary, flush: flush, known: (known, UInt32(truncatingIfNeeded: generation)))
+    records.verify(
+      summary, flush: flush, window: StartInfo.number("window", default: .max),
+      known: (known, UInt32(truncatingIfNeeded: generation)))
     return summary
   }
 
