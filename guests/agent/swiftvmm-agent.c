@@ -1,8 +1,8 @@
 // The agent in a Linux guest: answers swiftvmm's requests on the virtio port org.swiftvmm.agent.0 (docs/agent.md).
 // One static program without libraries beside libc's; JSON of the protocol's small shapes only.
 //
-// swiftvmm-agent                       serves the port
-// swiftvmm-agent ask REQUEST [--KEY VALUE]...    sends one request to the host, prints its answer; while no other one serves
+// swiftvmm-agent                       serves the port, and whoever asks the host through it by a socket
+// swiftvmm-agent ask REQUEST [--KEY VALUE]...    sends one request to the host, prints its answer
 // swiftvmm-agent snapshots list|attach|detach [--KEY VALUE]...    the same for snapshots of the disks
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -12,24 +12,36 @@
 #include <linux/fs.h>
 #include <mntent.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
 #define PORT "org.swiftvmm.agent.0"
+// Whoever asks the host while the port is taken does it through the one that has it: root alone.
+#define SOCKET "/run/swiftvmm-agent.socket"
 #define LONGEST 16384
 #define MOST_FROZEN 64
 // A host that is gone must not leave the file systems frozen.
 #define LONGEST_FREEZE 10000
+#define LONGEST_ANSWER 10000
+#define REQUEST_START "{\"id\": 1, "
 
 static int frozen[MOST_FROZEN];
 static int frozen_count;
 static int64_t thaw_at;
+// Who asks through this one.
+static int listener = -1, client = -1;
+static int64_t client_until;
+static uint64_t client_id;
 
 static int64_t now(void) {
   struct timespec time;
@@ -57,10 +69,10 @@ static int open_port(void) {
   return port;
 }
 
-static bool send_line(int port, const char *text) {
+static bool send_line(int file, const char *text) {
   size_t length = strlen(text);
   while (length > 0) {
-    ssize_t count = write(port, text, length);
+    ssize_t count = write(file, text, length);
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) return false;
     text += count;
@@ -194,10 +206,68 @@ static uint64_t number(const char *line, const char *key, uint64_t otherwise) {
     ? strtoull(text, NULL, 10) : otherwise;
 }
 
+static int local_socket(bool is_listener) {
+  int file = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = SOCKET};
+  if (file < 0) return -1;
+  if (is_listener) {
+    unlink(SOCKET);
+    umask(0177);
+  }
+  int status = is_listener ? bind(file, (struct sockaddr *)&name, sizeof name) || listen(file, 8)
+                           : connect(file, (struct sockaddr *)&name, sizeof name);
+  if (status == 0) return file;
+  close(file);
+  return -1;
+}
+
+static void end_client(void) {
+  if (client >= 0) close(client);
+  client = -1;
+}
+
+// Somebody wants to ask the host; one at a time.
+static void take_client(int port) {
+  int file = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+  if (file < 0) return;
+  struct timeval second = {.tv_sec = 1};
+  setsockopt(file, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second);
+  if (now() > client_until) end_client();
+  if (client >= 0) {
+    send_line(file, "{\"id\": 1, \"error\": \"somebody else's request is being answered\"}\n");
+    close(file);
+    return;
+  }
+  char line[LONGEST], request[LONGEST + 32];
+  size_t length = 0;
+  while (length + 1 < sizeof line && !memchr(line, '\n', length)) {
+    ssize_t got = read(file, line + length, sizeof line - 1 - length);
+    if (got <= 0) break;
+    length += (size_t)got;
+  }
+  line[length] = 0;
+  const size_t start = sizeof REQUEST_START - 1;
+  if (strncmp(line, REQUEST_START, start) != 0 || strchr(line, '\n') != line + length - 1) {
+    close(file);
+    return;
+  }
+  client = file;
+  client_until = now() + LONGEST_ANSWER;
+  // An answer that comes too late is nobody's.
+  snprintf(request, sizeof request, "{\"id\": %llu, %s", (unsigned long long)++client_id, line + start);
+  send_line(port, request);
+}
+
 static void answer(int port, const char *line) {
   char id[32], request[80], reply[512], error[256] = "";
-  if (!member(line, "id", id, sizeof id) || !member(line, "request", request, sizeof request)) return;
+  if (!member(line, "id", id, sizeof id)) return;
   if (strspn(id, "0123456789") != strlen(id)) return;
+  if (!member(line, "request", request, sizeof request)) {
+    if (client < 0 || strtoull(id, NULL, 10) != client_id) return;
+    send_line(client, line);
+    send_line(client, "\n");
+    return end_client();
+  }
   if (strcmp(request, "ping") == 0) {
     snprintf(reply, sizeof reply, "{\"id\": %s, \"result\": {}}\n", id);
   } else if (strcmp(request, "fs-freeze") == 0) {
@@ -216,7 +286,7 @@ static void answer(int port, const char *line) {
   send_line(port, reply);
 }
 
-// Reads a line; false where none came in time, or the port is gone (errno).
+// Reads a line; false where none came in time, somebody else was served, or the port is gone (errno).
 static bool read_line(int port, char *line, int timeout) {
   static char buffer[LONGEST];
   static size_t length;
@@ -231,10 +301,12 @@ static bool read_line(int port, char *line, int timeout) {
       return true;
     }
     if (length == sizeof buffer) length = 0; // no line of the protocol is so long
-    struct pollfd ready = {.fd = port, .events = POLLIN};
+    struct pollfd ready[] = {{.fd = port, .events = POLLIN}, {.fd = listener, .events = POLLIN}};
     errno = 0;
-    int count = poll(&ready, 1, timeout);
+    int count = poll(ready, 2, timeout);
     if (count == 0 || (count < 0 && errno == EINTR)) return errno = ETIMEDOUT, false;
+    if (ready[1].revents) take_client(port);
+    if (!ready[0].revents) return errno = ETIMEDOUT, false;
     ssize_t got = read(port, buffer + length, sizeof buffer - length);
     if (got <= 0) return errno = EPIPE, false;
     length += (size_t)got;
@@ -257,21 +329,31 @@ static bool add_members(char *line, size_t size, int count, char **words) {
   return true;
 }
 
-static int ask(int port, const char *request, int count, char **words) {
+static int no_port(void) {
+  fprintf(stderr, "swiftvmm-agent: there is no free port " PORT "; give the machine one with --agent\n");
+  return 69;
+}
+
+// By the agent that serves the port, else by the port itself.
+static int ask(const char *request, int count, char **words) {
   char line[LONGEST], id[32];
-  snprintf(line, sizeof line, "{\"id\": 1, \"request\": \"%.64s\"", request);
+  snprintf(line, sizeof line, REQUEST_START "\"request\": \"%.64s\"", request);
   if (!add_members(line, sizeof line, count, words)) {
     fprintf(stderr, "swiftvmm-agent: arguments are --KEY VALUE, without quotes\n");
     return 64;
   }
+  int port = local_socket(false);
+  bool is_port = port < 0;
+  if (is_port && (port = open_port()) < 0) return no_port();
   if (!send_line(port, line)) return perror("swiftvmm-agent: cannot write to the port"), 1;
-  int64_t deadline = now() + 10000;
+  int64_t deadline = now() + LONGEST_ANSWER;
   while (now() < deadline) {
     if (!read_line(port, line, 1000)) {
       if (errno == ETIMEDOUT) continue;
       break;
     }
-    if (!member(line, "id", id, sizeof id) || strcmp(id, "1") != 0 || strstr(line, "\"request\"")) continue;
+    if (!member(line, "id", id, sizeof id) || strstr(line, "\"request\"")) continue;
+    if (is_port && strcmp(id, "1") != 0) continue;
     puts(line);
     return strstr(line, "\"error\"") ? 1 : 0;
   }
@@ -280,21 +362,21 @@ static int ask(int port, const char *request, int count, char **words) {
 }
 
 int main(int count, char **words) {
-  int port = open_port();
-  if (port < 0) {
-    fprintf(stderr, "swiftvmm-agent: there is no free port " PORT "; give the machine one with --agent\n");
-    return 69;
-  }
-  if (count >= 3 && strcmp(words[1], "ask") == 0) return ask(port, words[2], count - 3, words + 3);
+  if (count >= 3 && strcmp(words[1], "ask") == 0) return ask(words[2], count - 3, words + 3);
   if (count >= 3 && strcmp(words[1], "snapshots") == 0) {
     const char *verbs[] = {"list", "attach", "detach"}, *requests[] = {"snapshots", "snapshot-attach", "snapshot-detach"};
     for (int verb = 0; verb < 3; verb++)
-      if (strcmp(words[2], verbs[verb]) == 0) return ask(port, requests[verb], count - 3, words + 3);
+      if (strcmp(words[2], verbs[verb]) == 0) return ask(requests[verb], count - 3, words + 3);
   }
   if (count > 1) {
     fprintf(stderr, "usage: swiftvmm-agent [ask REQUEST | snapshots list|attach|detach] [--KEY VALUE]...\n");
     return 64;
   }
+  int port = open_port();
+  if (port < 0) return no_port();
+  signal(SIGPIPE, SIG_IGN);
+  listener = local_socket(true);
+  if (listener < 0) fprintf(stderr, "swiftvmm-agent: no requests by " SOCKET ": %s\n", strerror(errno));
   send_line(port, "{\"event\": \"hello\", \"version\": 1, \"agent\": \"swiftvmm-agent\", \"system\": \"linux\"}\n");
   char line[LONGEST];
   for (;;) {
