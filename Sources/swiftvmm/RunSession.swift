@@ -187,6 +187,7 @@ struct RunSession {
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
     monitor?.close()
+    keeper?.finish()
     // One that does not run needs no end.
     try? control?.exports.stop()
     try? control?.backups.stop()

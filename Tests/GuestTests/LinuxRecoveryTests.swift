@@ -13,7 +13,7 @@ struct LinuxRecoveryTests {
   @Test func aFileComesBackFromASnapshot() throws {
     let result = try hostTool("env", "SWIFTVMM=" + VMM.path, "bash", VMM.checkout + "/scripts/linux-recover")
     #expect(result.status == 0, "\(result.output)")
-    #expect(result.output.contains("serial snapshot-1"), "\(result.output)")
+    #expect(result.output.contains("serial disk.qcow2"), "\(result.output)")
   }
 
   /// Each refusal with its line in the audit, and nothing else of the machine changed.

@@ -135,6 +135,14 @@ struct SnapshotScheduleTests {
       #expect(rebuilt.compactMap { $0["id"] as? String } == ["disk", "top1"])
       #expect(rebuilt[1]["name"] as? String == "" && rebuilt.allSatisfy { ($0["time"] as? Int ?? 0) > 0 })
     }
+    // A snapshot that is made again beside one that is known is not older than that one.
+    var partly = try #require(try JSONSerialization.jsonObject(with: whole) as? [String: Any])
+    partly["snapshots"] = (partly["snapshots"] as? [Any]).map { Array($0.dropLast()) }
+    try JSONSerialization.data(withJSONObject: partly).write(to: URL(fileURLWithPath: catalogue))
+    try #require(hostTool("touch", "-d", "2001-01-01", folder.path + "/top1").status == 0)
+    let again = try list()
+    #expect(again.compactMap { $0["id"] as? String } == ["disk", "top1"])
+    #expect(again.allSatisfy { $0["time"] as? Int == made[0]["time"] as? Int }, "\(again)")
     try FileManager.default.removeItem(atPath: catalogue)
     #expect(try list().count == 2)
     // A disk goes on in no layer that is another disk's.

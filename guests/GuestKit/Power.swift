@@ -27,6 +27,13 @@ enum Power {
     halt()
   }
 
+  /// A hard reset, by the reset control register.
+  static func restart() -> Never {
+    Console.drain()
+    outb(0xcf9, 6)
+    halt()
+  }
+
   /// The debug-exit port: the VMM's exit status is `value * 2 + 1`.
   static func debugExit(_ value: UInt8) -> Never {
     Console.drain()

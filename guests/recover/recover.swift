@@ -16,9 +16,10 @@ func guestMain() {
   case .some(let mode) where mode.equals("recover"): test.recover()
   case .some(let mode) where mode.equals("hold"): test.hold()
   case .some(let mode) where mode.equals("ask"): test.ask()
+  case .some(let mode) where mode.equals("flood"): test.flood()
   case .some(let mode) where mode.equals("serve"): test.serve()
   case .some(let mode):
-    say("FAIL mode=\(mode) is none of recover, hold, ask, serve")
+    say("FAIL mode=\(mode) is none of recover, hold, ask, flood, serve")
     Power.fail()
   }
   say("recover: all passed")
@@ -132,12 +133,14 @@ private final class Recovery {
   private var attachedEvents: UInt64 = 0
   private var detachedEvents: UInt64 = 0
   private var quotaEvents: UInt64 = 0
+  private var malformedEvents: UInt64 = 0
 
   private func note(_ line: Bytes) {
     guard let event = line.member("event") else { return }
     if event.equals("snapshot-attached") { attachedEvents += 1 }
     if event.equals("snapshot-detached") { detachedEvents += 1 }
     if event.equals("snapshot-quota") { quotaEvents += 1 }
+    if event.equals("malformed") { malformedEvents += 1 }
   }
 
   private func hearUntil(_ isDone: () -> Bool) {
@@ -268,7 +271,19 @@ private final class Recovery {
   }
 
   /// Sends each line of the first module as it is, and prints what the host answers.
-  func ask() {
+  func ask() { sendModule { say("\(nextLine())") } }
+
+  /// Sends each line of the first module as it is, and finds that the host answers the next question.
+  func flood() {
+    sendModule { while let line = agent.line() { note(line) } }
+    let id = agent.request("ping")
+    agent.add("}")
+    agent.end()
+    expect("an answer without an error", reply(id).member("error") == nil)
+    say("malformed \(malformedEvents)")
+  }
+
+  private func sendModule(_ then: () -> Void) {
     expect("modules", UInt64(StartInfo.moduleCount), equals: 1)
     let text = StartInfo.module(0)
     var start: UInt64 = 0
@@ -276,17 +291,18 @@ private final class Recovery {
       let end = scan_byte(text.address, start, text.count, 10)
       agent.add(Bytes(address: text.address + start, count: end - start))
       agent.end()
-      say("\(nextLine())")
+      then()
       start = end + 1
     }
   }
 
-  /// Answers the host's pings for ever.
+  /// Answers the host's pings for ever, or until it is asked to start again.
   func serve() {
     say("serving")
     while true {
       let line = nextLine()
       guard let request = line.member("request"), let id = line.member("id") else { continue }
+      if request.equals("restart") { Power.restart() }
       let isPing = request.equals("ping")
       agent.add(#"{"id": "#)
       agent.add(id)

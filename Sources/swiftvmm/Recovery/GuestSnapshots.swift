@@ -65,8 +65,9 @@ final class GuestSnapshots: @unchecked Sendable {
 
   private struct Attached {
     var id: String
+    /// The disk's serial number, which is what the guest calls it.
+    var serial: String
     var node: String
-    var file: String
   }
 
   private let keeper: SnapshotKeeper
@@ -76,6 +77,7 @@ final class GuestSnapshots: @unchecked Sendable {
   private let policy: RecoveryPolicy
   private let audit: AuditFile?
   // These are the monitor thread's that runs the requests, one at a time.
+  /// By the devices' names.
   private var attached: [String: Attached] = [:]
   private var revoked: Set<String> = []
   private var nextNumber = 1
@@ -173,8 +175,8 @@ final class GuestSnapshots: @unchecked Sendable {
 
   private func list(_ arguments: JSONObject) -> Result<JSONValue, RecoveryFault> {
     catalogue().map { all in
-      let attached = attached.map { serial, entry -> JSONValue in
-        ["serial": .string(serial), "id": .string(entry.id)]
+      let attached = attached.values.map { entry -> JSONValue in
+        ["serial": .string(entry.serial), "id": .string(entry.id)]
       }
       return [
         "snapshots": .array(all.map(\.json)), "attached": .array(attached),
@@ -228,10 +230,11 @@ final class GuestSnapshots: @unchecked Sendable {
       guard attached.count < Self.mostAttached else { throw .quota(Self.mostAttached) }
       let isUsedUp = control.disks.thread.perform { [quota] in quota.used >= quota.limit }
       if policy == .copyOnWrite, isUsedUp { throw .bytes(quota.limit) }
-      let serial = "snapshot-\(nextNumber)"
+      let number = nextNumber
       nextNumber += 1
+      let serial = serial(of: snapshot.entry, number)
       do throws(MonitorError) {
-        try plugIn(snapshot, as: serial)
+        try plugIn(snapshot, as: "snapshot-\(number)", serial: serial)
       } catch {
         throw .failed("\(error)")
       }
@@ -246,11 +249,24 @@ final class GuestSnapshots: @unchecked Sendable {
     }
   }
 
-  private func plugIn(_ snapshot: Snapshot, as serial: String) throws(MonitorError) {
+  private static let longestSerial = 20
+
+  /// What the disk says that it is (virtio 1.2, 5.2.6): the snapshot's id. Where there is not enough room, or another disk says so,
+  /// as much of it as tells most, and a number.
+  private func serial(of entry: SnapshotCatalogue.Entry, _ number: Int) -> String {
+    let id = entry.id
+    if id.utf8.count <= Self.longestSerial, !attached.values.contains(where: { $0.serial == id }) { return id }
+    let mark = "+\(number)"
+    let room = Self.longestSerial - mark.utf8.count
+    // The end is the time, where a schedule has made it.
+    return String(entry.isScheduled ? id.suffix(room) : id.prefix(room)) + mark
+  }
+
+  private func plugIn(_ snapshot: Snapshot, as name: String, serial: String) throws(MonitorError) {
     let isWritable = policy == .copyOnWrite
     let (header, path) = try control.run { graph throws(BlockError) in
       let layer = try graph.node(snapshot.node)
-      return (graph.overlayHeader(above: layer), BlockGraph.absolutePath(layer.path) + ".\(serial)-\(getpid())")
+      return (graph.overlayHeader(above: layer), BlockGraph.absolutePath(layer.path) + ".\(name)-\(getpid())")
     }
     do throws(BlockError) {
       try BlockGraph.makeOverlayFile(path, header, isTemporary: true, queue: control.disks.thread.queue)
@@ -263,21 +279,23 @@ final class GuestSnapshots: @unchecked Sendable {
       unlink(path)
     }
     try control.run { graph throws(BlockError) in
-      _ = try graph.openTemporary(path, name: "#" + serial, above: graph.node(snapshot.node), isWritable: isWritable)
+      _ = try graph.openTemporary(path, name: "#" + name, above: graph.node(snapshot.node), isWritable: isWritable)
     }
     do throws(MonitorError) {
-      try control.plugIn(serial, layer: "#" + serial, serial: serial, quota: quota)
+      try control.plugIn(name, layer: "#" + name, serial: serial, quota: quota)
     } catch {
-      try? control.delete("#" + serial)
+      try? control.delete("#" + name)
       throw error
     }
-    attached[serial] = Attached(id: snapshot.entry.id, node: "#" + serial, file: path)
+    attached[name] = Attached(id: snapshot.entry.id, serial: serial, node: "#" + name)
   }
 
   private func detach(_ arguments: JSONObject) -> Result<JSONValue, RecoveryFault> {
     let serial = arguments["serial"]?.stringValue ?? ""
-    guard attached[serial] != nil else { return .failure(.notAttached(String(serial.prefix(64)))) }
-    do throws(MonitorError) { try control.unplug(serial) } catch { return .failure(.failed("\(error)")) }
+    guard let name = attached.first(where: { $0.value.serial == serial })?.key else {
+      return .failure(.notAttached(String(serial.prefix(64))))
+    }
+    do throws(MonitorError) { try control.unplug(name) } catch { return .failure(.failed("\(error)")) }
     return .success(["serial": .string(serial)])
   }
 
@@ -285,11 +303,11 @@ final class GuestSnapshots: @unchecked Sendable {
   private func quotaUsedUp(_ name: String) {
     guard let entry = attached[name] else { return }
     write([
-      "time": .string(RecoveryTime.text(RecoveryTime.now())), "request": "write", "serial": .string(name),
+      "time": .string(RecoveryTime.text(RecoveryTime.now())), "request": "write", "serial": .string(entry.serial),
       "id": .string(entry.id), "refused": .string(RecoveryFault.bytes(quota.limit).text),
     ])
     control.disks.thread.perform { [agent] in
-      agent.tell("snapshot-quota", ["serial": .string(name), "id": .string(entry.id)])
+      agent.tell("snapshot-quota", ["serial": .string(entry.serial), "id": .string(entry.id)])
     }
   }
 
@@ -299,10 +317,11 @@ final class GuestSnapshots: @unchecked Sendable {
       guard let entry = attached.removeValue(forKey: name) else { return }
       try? control.delete(entry.node)
       write([
-        "time": .string(RecoveryTime.text(RecoveryTime.now())), "detached": .string(name), "id": .string(entry.id),
+        "time": .string(RecoveryTime.text(RecoveryTime.now())), "detached": .string(entry.serial),
+        "id": .string(entry.id),
       ])
       control.disks.thread.perform { [agent] in
-        agent.tell("snapshot-detached", ["serial": .string(name), "id": .string(entry.id)])
+        agent.tell("snapshot-detached", ["serial": .string(entry.serial), "id": .string(entry.id)])
       }
     }
   }
@@ -320,6 +339,15 @@ final class GuestSnapshots: @unchecked Sendable {
     }
   }
 
+  /// The disks that the guest has of snapshots, by the names that `device_del` takes.
+  private var attachedDisks: [JSONValue] {
+    worker.wait { [self] in
+      attached.sorted { $0.key < $1.key }.map { name, entry in
+        ["device": .string(name), "serial": .string(entry.serial), "id": .string(entry.id)]
+      }
+    }
+  }
+
   /// QMP's commands on the snapshots that a guest may have.
   var commands: [QMPCommand] {
     [
@@ -328,7 +356,8 @@ final class GuestSnapshots: @unchecked Sendable {
       ) { [self] _, arguments in
         setRevoked(arguments.text("id"), arguments["allowed"]?.boolValue == false)
         return [:]
-      }
+      },
+      QMPCommand("x-swiftvmm-query-attached-snapshots", returns: .any) { [self] _, _ in .array(attachedDisks) },
     ]
   }
 }

@@ -99,6 +99,10 @@ struct SnapshotCatalogue {
     for index in result.indices.dropLast().reversed() where rebuilt.contains(result[index].id) {
       result[index].time = min(result[index].time, result[index + 1].time)
     }
+    // And that of a layer that was never written to is of its making, before the cut below was known to be over.
+    for index in result.indices.dropFirst() where rebuilt.contains(result[index].id) {
+      result[index].time = max(result[index].time, result[index - 1].time)
+    }
     let kept = spoiled.intersection(files)
     if top == self.top, kept == spoiled, result.map(\.json) == entries.map(\.json) { return }
     (self.top, spoiled, entries) = (top, kept, result)

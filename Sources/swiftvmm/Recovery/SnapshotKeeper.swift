@@ -94,6 +94,9 @@ final class SnapshotKeeper: @unchecked Sendable {
   /// Looks at the chains, and writes what has changed, soon.
   func refresh() { worker.run { [weak self] in self?.update() } }
 
+  /// What was to be written soon is written. While the disks' thread runs.
+  func finish() { worker.wait {} }
+
   /// On the worker.
   func update() {
     let changed = control.disks.thread.perform { [self] in
