@@ -80,7 +80,7 @@ let package = Package(
     library(
       "SoftAccelerator", ["Accelerator", "CSoftCPU", "GuestMemory", "Host", "MemoryViews", "StateTree", "X86"],
       settings: hot),
-    library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "MemoryViews", "StateTree"]),
+    library("KVMAccelerator", ["Accelerator", "CLinux", "GuestMemory", "Host", "MemoryViews", "StateTree", "X86"]),
 
     // In which order the pages of a machine are sent elsewhere. It looks at every page: always optimised.
     library("PageClasses", ["CLinux", "GuestMemory", "MemoryViews", "X86"], settings: hot),

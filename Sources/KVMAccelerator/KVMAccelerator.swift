@@ -21,10 +21,12 @@ public final class KVMAccelerator: Accelerator {
   let modelSpecificIndices: [UInt32]
   /// What the guest itself may change of them at any time, and so moves with every change of views.
   let carriedIndices: [UInt32]
-  /// SYSENTER, system calls, GS bases, PAT, TSC_AUX, XSS, SPEC_CTRL, the paravirtual clock.
+  /// SYSENTER, system calls, GS bases, PAT, TSC_AUX, XSS, SPEC_CTRL of both kinds, the paravirtual clock, UMWAIT, TSX, CPUID
+  /// faults, XFD, bounds, shadow stacks.
   private static let carried: [UInt32] = [
     0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102, 0xc000_0103, 0x277, 0xda0,
-    0x48, 0x1a0, 0x4b56_4d00, 0x4b56_4d01, 0x11, 0x12,
+    0x48, 0xc001_011f, 0x1a0, 0x4b56_4d00, 0x4b56_4d01, 0x11, 0x12, 0xe1, 0x122, 0x140, 0x1c4, 0x1c5, 0xd90,
+    0x6a0, 0x6a2, 0x6a4, 0x6a5, 0x6a6, 0x6a7, 0x6a8,
   ]
   /// Whether KVM leaves registers in the page that it shares.
   let hasSyncedRegisters: Bool

@@ -35,11 +35,27 @@ final class KVMFace {
   var registers: UnsafeMutablePointer<kvm_sync_regs> { clinux_kvm_sync_regs(shared) }
 }
 
-/// What a vCPU carries from face to face besides general registers: as KVM's structures, byte by byte.
-struct KVMCarried {
-  var system: kvm_sregs
-  var debug: kvm_debugregs
-  var control: kvm_xcrs
-  var extended: [UInt8]
-  var modelSpecific: [ModelSpecificRegister]
+/// What a vCPU carries from face to face besides general registers, as KVM's structures, byte by byte.
+final class KVMCarried {
+  /// nil where the face's are not known.
+  var system: kvm_sregs?
+  var debug = kvm_debugregs()
+  var control = kvm_xcrs()
+  let extended: UnsafeMutableRawBufferPointer
+  let modelSpecific: MSRTable
+
+  init(extendedStateSize: Int, modelSpecific: MSRTable) {
+    extended = .allocate(byteCount: extendedStateSize, alignment: 64)
+    extended.initializeMemory(as: UInt8.self, repeating: 0)
+    self.modelSpecific = modelSpecific
+  }
+
+  func hasSameExtended(_ other: KVMCarried) -> Bool {
+    guard let mine = extended.baseAddress, let others = other.extended.baseAddress else { return false }
+    return memcmp(mine, others, extended.count) == 0
+  }
+
+  deinit {
+    extended.deallocate()
+  }
 }

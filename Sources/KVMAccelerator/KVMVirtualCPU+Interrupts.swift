@@ -18,7 +18,7 @@ extension KVMVirtualCPU {
 
   /// Hands an interrupt to the processor (`KVM_INTERRUPT`). KVM would take a second one in place of the first.
   public func injectInterrupt(vector: UInt8) throws(AcceleratorError) {
-    try settle()
+    try unsync()
     var request = kvm_interrupt(irq: UInt32(vector))
     try kvmCall("KVM_INTERRUPT", descriptor, CLINUX_KVM_INTERRUPT, with: &request)
     shared.pointee.ready_for_interrupt_injection = 0
@@ -34,7 +34,7 @@ extension KVMVirtualCPU {
 
   /// Makes an NMI pending (`KVM_NMI`).
   public func injectNMI() throws(AcceleratorError) {
-    try settle()
+    try unsync()
     _ = try kvmCall("KVM_NMI", descriptor, CLINUX_KVM_NMI)
   }
 

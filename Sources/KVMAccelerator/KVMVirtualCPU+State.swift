@@ -100,7 +100,7 @@ extension KVMVirtualCPU {
   /// The bitmap of an interrupt being delivered, which the call also carries, is kept as it is.
   public func writeSystemRegisters(_ system: SystemRegisters) throws(AcceleratorError) {
     try endForbidden()
-    try settle()
+    try unsync()
     var sregs = kvm_sregs()
     try kvmCall("KVM_GET_SREGS", descriptor, CLINUX_KVM_GET_SREGS, with: &sregs)
     sregs.cs = kvm_segment(system.cs)
@@ -162,7 +162,7 @@ extension KVMVirtualCPU {
   /// events after everything that clears them.
   public func writeState(_ state: VCPUState) throws(AcceleratorError) {
     try endForbidden()
-    try settle()
+    try unsync()
     var activity = kvm_mp_state(mp_state: state.activity.rawValue)
     if machine.interrupts != .userSpace {
       try kvmCall("KVM_SET_MP_STATE", descriptor, CLINUX_KVM_SET_MP_STATE, with: &activity)
@@ -174,6 +174,7 @@ extension KVMVirtualCPU {
       control.nr_xcrs = 1
       control.xcrs.0.value = state.xcr0
       try kvmCall("KVM_SET_XCRS", descriptor, CLINUX_KVM_SET_XCRS, with: &control)
+      face.left?.control = control
     }
     if !state.extended.isEmpty { try writeExtendedState(state.extended) }
     var debug = kvm_debugregs()
@@ -215,20 +216,24 @@ extension KVMVirtualCPU {
     .state(.invalid(node: "vcpu\(index)", field: field, value: UInt64(value)))
   }
 
-  func readExtendedState() throws(AcceleratorError) -> [UInt8] {
-    let size = machine.accelerator.extendedStateSize
-    let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
+  private func readExtendedState() throws(AcceleratorError) -> [UInt8] {
+    let area = UnsafeMutableRawBufferPointer.allocate(byteCount: machine.accelerator.extendedStateSize, alignment: 64)
     defer { area.deallocate() }
-    area.initializeMemory(as: UInt8.self, repeating: 0, count: size)
-    if size > MemoryLayout<kvm_xsave>.size {
-      _ = try kvmCall("KVM_GET_XSAVE2", descriptor, CLINUX_KVM_GET_XSAVE2, area)
-    } else {
-      _ = try kvmCall("KVM_GET_XSAVE", descriptor, CLINUX_KVM_GET_XSAVE, area)
-    }
-    return Array(UnsafeRawBufferPointer(start: area, count: size))
+    area.initializeMemory(as: UInt8.self, repeating: 0)
+    try readExtendedState(into: area)
+    return Array(area)
   }
 
-  func writeExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
+  /// Into as many bytes as the accelerator says, zeroed once.
+  func readExtendedState(into area: UnsafeMutableRawBufferPointer) throws(AcceleratorError) {
+    if area.count > MemoryLayout<kvm_xsave>.size {
+      _ = try kvmCall("KVM_GET_XSAVE2", descriptor, CLINUX_KVM_GET_XSAVE2, area.baseAddress)
+    } else {
+      _ = try kvmCall("KVM_GET_XSAVE", descriptor, CLINUX_KVM_GET_XSAVE, area.baseAddress)
+    }
+  }
+
+  private func writeExtendedState(_ bytes: [UInt8]) throws(AcceleratorError) {
     let size = machine.accelerator.extendedStateSize
     guard bytes.count <= size else { throw invalid("the size of its extended state", bytes.count) }
     let area = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 64)
@@ -262,7 +267,7 @@ extension KVMVirtualCPU {
   /// Writes the registers. One that the host refuses is skipped where it has that value anyhow (it is read-only there),
   /// or where it is 0 and the host lacks it.
   func writeModelSpecificRegisters(_ registers: [ModelSpecificRegister]) throws(AcceleratorError) {
-    try settle()
+    try unsync()
     let ordered = registers.filter { $0.index != Self.tscDeadline } + registers.filter { $0.index == Self.tscDeadline }
     let table = MSRTable(ordered)
     var first = 0
@@ -280,7 +285,7 @@ extension KVMVirtualCPU {
 }
 
 /// `struct kvm_msrs`, whose entries are a flexible array member, which does not import.
-private final class MSRTable {
+final class MSRTable {
   let count: Int
   private let entries: UnsafeMutablePointer<kvm_msr_entry>
   private let storage: UnsafeMutableRawPointer
@@ -301,6 +306,13 @@ private final class MSRTable {
 
   subscript(index: Int) -> ModelSpecificRegister {
     ModelSpecificRegister(index: entries[index].index, value: entries[index].data)
+  }
+
+  var registers: [ModelSpecificRegister] { (0..<count).map { self[$0] } }
+
+  /// Of the same registers.
+  func hasSameValues(_ other: MSRTable) -> Bool {
+    memcmp(entries, other.entries, count * MemoryLayout<kvm_msr_entry>.stride) == 0
   }
 
   /// KVM takes fewer than 256 entries a call (MAX_IO_MSRS).

@@ -5,6 +5,7 @@ import GuestMemory
 import Host
 import MemoryViews
 import Synchronization
+import X86
 
 /// A vCPU's way between views: each view has a virtual machine of KVM's with its own slots, and the state moves.
 extension KVMVirtualCPU {
@@ -33,8 +34,10 @@ extension KVMVirtualCPU {
       let state = try readState()
       let events = (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection)
       let former = face
-      former.left = try carried()
+      _ = try carried(withXCR0: true)
+      former.left?.system = nil
       face = made
+      isSynced = false
       faces[number] = made
       try writeState(state)
       (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection) = events
@@ -67,10 +70,10 @@ extension KVMVirtualCPU {
     }
   }
 
-  /// Moves the state to another face: of what seldom changes only what has.
+  /// Moves the state to another face: of what seldom changes only what has. Each call costs the better part of an exit where
+  /// KVM runs on a hypervisor, so there are as few as can be: registers and events come and go in the shared pages.
   private func carry(to next: KVMFace) throws(AcceleratorError) {
     let source = face
-    // Where the last run left them in the shared page, registers cost no call.
     let wasSynced = isSynced
     var registers = source.registers.pointee
     if !wasSynced {
@@ -78,29 +81,23 @@ extension KVMVirtualCPU {
       try kvmCall("KVM_GET_SREGS", descriptor, CLINUX_KVM_GET_SREGS, with: &registers.sregs)
       try kvmCall("KVM_GET_VCPU_EVENTS", descriptor, CLINUX_KVM_GET_VCPU_EVENTS, with: &registers.events)
     }
+    // Without VMX or SVM the call is dear, and with OSXSAVE clear XCR0 has no effect.
+    let seesXCR0 = machine.accelerator.capabilities.contains(.nativeRing0) || registers.sregs.cr4 & 1 << 18 != 0
+    let now = try carried(withXCR0: seesXCR0)
+    // What waits in the page for the next run never gets there.
+    let hasOldSystem = source.shared.pointee.kvm_dirty_regs & CLINUX_KVM_SYNC_X86_SREGS != 0
     source.shared.pointee.kvm_dirty_regs = 0
-    isSynced = false
-    // Without OSXSAVE the guest cannot have changed XCR0 since the face was entered.
-    let mayChangeXCR0 = registers.sregs.cr4 & 1 << 18 != 0
-    var now = try carried(control: mayChangeXCR0 ? nil : source.left?.control)
-    now.system = registers.sregs
+    now.system = hasOldSystem ? nil : registers.sregs
     let events = (source.shared.pointee.if_flag, source.shared.pointee.ready_for_interrupt_injection)
-    source.left = now
     face = next
+    isSynced = false
     (shared.pointee.if_flag, shared.pointee.ready_for_interrupt_injection) = events
     let then = next.left
-    if !same(then?.control, now.control) {
-      try kvmCall("KVM_SET_XCRS", descriptor, CLINUX_KVM_SET_XCRS, with: &now.control)
-    }
-    if then?.extended != now.extended { try writeExtendedState(now.extended) }
-    if !same(then?.debug, now.debug) {
-      try kvmCall("KVM_SET_DEBUGREGS", descriptor, CLINUX_KVM_SET_DEBUGREGS, with: &now.debug)
-    }
-    if then?.modelSpecific != now.modelSpecific { try writeModelSpecificRegisters(now.modelSpecific) }
+    try bring(now, over: then)
     if debug.control != 0 {
       try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
     }
-    let systemChanged = !same(then?.system, now.system)
+    let systemChanged = !same(then?.system, registers.sregs)
     if machine.accelerator.hasSyncedRegisters {
       next.registers.pointee = registers
       var dirty = CLINUX_KVM_SYNC_X86_REGS | CLINUX_KVM_SYNC_X86_EVENTS
@@ -112,26 +109,49 @@ extension KVMVirtualCPU {
       if systemChanged { try kvmCall("KVM_SET_SREGS", descriptor, CLINUX_KVM_SET_SREGS, with: &registers.sregs) }
       try kvmCall("KVM_SET_VCPU_EVENTS", descriptor, CLINUX_KVM_SET_VCPU_EVENTS, with: &registers.events)
     }
-    next.left = now
     if !wasSynced { forbidInjection() }
   }
 
-  /// Everything that moves besides registers and events; `system` is the caller's.
-  private func carried(control known: kvm_xcrs? = nil) throws(AcceleratorError) -> KVMCarried {
-    try settle()
-    var debug = kvm_debugregs()
-    try kvmCall("KVM_GET_DEBUGREGS", descriptor, CLINUX_KVM_GET_DEBUGREGS, with: &debug)
-    var control = known ?? kvm_xcrs()
-    if known == nil { try kvmCall("KVM_GET_XCRS", descriptor, CLINUX_KVM_GET_XCRS, with: &control) }
-    return KVMCarried(
-      system: kvm_sregs(), debug: debug, control: control, extended: try readExtendedState(),
-      modelSpecific: try readModelSpecificRegisters(machine.accelerator.carriedIndices))
+  /// Reads everything that moves besides registers and events, into what the face is left with.
+  private func carried(withXCR0 wanted: Bool) throws(AcceleratorError) -> KVMCarried {
+    let isFirst = face.left == nil
+    let now: KVMCarried
+    if let left = face.left {
+      now = left
+    } else {
+      // The host lists some that the vCPU does not have.
+      let present = try readModelSpecificRegisters(machine.accelerator.carriedIndices)
+      now = KVMCarried(extendedStateSize: machine.accelerator.extendedStateSize, modelSpecific: MSRTable(present))
+      face.left = now
+    }
+    try kvmCall("KVM_GET_DEBUGREGS", descriptor, CLINUX_KVM_GET_DEBUGREGS, with: &now.debug)
+    if wanted || isFirst { try kvmCall("KVM_GET_XCRS", descriptor, CLINUX_KVM_GET_XCRS, with: &now.control) }
+    try readExtendedState(into: now.extended)
+    let (done, refused) = try now.modelSpecific.call("KVM_GET_MSRS", descriptor, CLINUX_KVM_GET_MSRS, from: 0)
+    if refused { throw .modelSpecificRegister(index: now.modelSpecific[done].index, write: false) }
+    return now
   }
 
-  /// Hands what was written to the shared page to KVM, for calls that go to KVM itself.
+  /// Writes to the face what differs from what it was left with.
+  private func bring(_ now: KVMCarried, over then: KVMCarried?) throws(AcceleratorError) {
+    if !same(then?.control, now.control) {
+      try kvmCall("KVM_SET_XCRS", descriptor, CLINUX_KVM_SET_XCRS, with: &now.control)
+      then?.control = now.control
+    }
+    if then?.hasSameExtended(now) != true {
+      _ = try kvmCall("KVM_SET_XSAVE", descriptor, CLINUX_KVM_SET_XSAVE, now.extended.baseAddress)
+    }
+    if !same(then?.debug, now.debug) {
+      try kvmCall("KVM_SET_DEBUGREGS", descriptor, CLINUX_KVM_SET_DEBUGREGS, with: &now.debug)
+    }
+    if then?.modelSpecific.hasSameValues(now.modelSpecific) != true {
+      try writeModelSpecificRegisters(now.modelSpecific.registers)
+    }
+  }
+
+  /// Hands what was written to the shared page to KVM, for calls that go to KVM itself; the page stays true.
   func settle() throws(AcceleratorError) {
     guard isSynced else { return }
-    isSynced = false
     let dirty = shared.pointee.kvm_dirty_regs
     guard dirty != 0 else { return }
     shared.pointee.kvm_dirty_regs = 0
@@ -145,6 +165,37 @@ extension KVMVirtualCPU {
     if dirty & CLINUX_KVM_SYNC_X86_EVENTS != 0 {
       try kvmCall("KVM_SET_VCPU_EVENTS", descriptor, CLINUX_KVM_SET_VCPU_EVENTS, with: &registers.pointee.events)
     }
+  }
+
+  /// The same for calls that change what is in the page, which is not looked at again before the next run.
+  func unsync() throws(AcceleratorError) {
+    try settle()
+    isSynced = false
+  }
+
+  /// The guest's paging by the registers in the shared page, for walks at a hundredth of the price of KVM's; nil: KVM has to be
+  /// asked. PAE's first four entries are what they were when CR3 was loaded.
+  var knownPaging: Paging? {
+    guard isSynced else { return nil }
+    let system = face.registers.pointee.sregs
+    let paging = Paging(
+      cr0: CR0(rawValue: system.cr0), cr3: system.cr3, cr4: CR4(rawValue: system.cr4).subtracting([.smap, .pke]),
+      efer: EFER(rawValue: system.efer))
+    return paging.mode == .pae ? nil : paging
+  }
+
+  /// Where a linear address leads, whatever it may be used for there.
+  func walk(_ linear: UInt64, _ paging: Paging) -> GuestPhysicalAddress? {
+    let found = try? paging.translate(linear) { [activeView] address, size in
+      let address = GuestPhysicalAddress(address)
+      guard let slot = machine.slot(containing: address) else { return nil }
+      let page = activeView?.entry(address).flatMap { UnsafeMutableRawPointer(bitPattern: $0.hostPage) }
+      let place =
+        page.map { $0 + Int(address.rawValue & 0xfff) }
+        ?? slot.hostBase + Int(address.rawValue - slot.range.start.rawValue)
+      return size == 8 ? place.load(as: UInt64.self) : UInt64(place.load(as: UInt32.self))
+    }
+    return found.map { GuestPhysicalAddress($0.physicalAddress) }
   }
 
   // MARK: Accesses that leave the slots of a view

@@ -246,8 +246,9 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     return .emulationFailure(InstructionBytes(low: low, high: error.data.2 >> 8, count: count))
   }
 
-  /// Walks the guest's page tables (`KVM_TRANSLATE`).
+  /// Walks the guest's page tables (`KVM_TRANSLATE` where the registers are not at hand).
   public func translate(_ linear: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress? {
+    if let paging = knownPaging { return walk(linear, paging) }
     try settle()
     var translation = kvm_translation()
     translation.linear_address = linear
@@ -287,7 +288,7 @@ public final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         registers[7] |= (UInt64(breakpoint.kind.rawValue) | length << 2) << UInt64(16 + slot * 4)
       }
     }
-    try settle()
+    try unsync()
     self.debug = debug
     try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
   }

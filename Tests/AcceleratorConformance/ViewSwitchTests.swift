@@ -132,6 +132,100 @@ import Testing
     #expect(try machine.next() == .done)
   }
 
+  /// A guest whose two pages are in a view each looks for what the other has left in debug and control registers, MSRs,
+  /// vectors and segment bases.
+  @Test(arguments: AcceleratorUnderTest.withViews)
+  func whatAGuestChangesIsThereInTheOtherView(_ subject: AcceleratorUnderTest) throws {
+    let machine = try make(subject)
+    let second = TestMachine.range(TestMachine.entry + 0x1000, 0x1000)
+    let views = try (0..<2).map { _ in try machine.machine.makeView(base: nil) }
+    try machine.machine.change([
+      ViewChange(views[0], second, [.read, .write]), ViewChange(views[1], Self.code, [.read, .write]),
+    ])
+    try machine.start("halves") {
+      $0.rdi = TestMachine.data
+      $0.r8 = 0
+      $0.r9 = 102
+    }
+    try machine.vcpu.selectView(views[0])
+    var hops = 0
+    loop: while hops < 1000 {
+      switch try machine.vcpu.run() {
+      case .viewViolation(let violation):
+        #expect(violation.missing == .execute)
+        try machine.vcpu.selectView(views[violation.view == views[0].number ? 1 : 0])
+        hops += 1
+      case let exit:
+        #expect(GuestEvent(exit, answer: []) == .done)
+        break loop
+      }
+    }
+    #expect(hops == 101)
+    let state = try machine.vcpu.readState()
+    #expect(state.xcr0 == 3 && state.general.r8 == 101 && state.debug.addresses[0] == 101)
+    try machine.vcpu.selectView(nil)
+    let moved = try machine.vcpu.readState()
+    #expect(moved.xcr0 == 3 && moved.system == state.system && moved.extended == state.extended)
+  }
+
+  /// What the VMM changes goes along also where the vCPU does not run between two switches.
+  @Test(arguments: AcceleratorUnderTest.withViews)
+  func whatTheVMMChangesIsThereInTheOtherView(_ subject: AcceleratorUnderTest) throws {
+    let machine = try make(subject)
+    let views = try (0..<2).map { _ in try machine.machine.makeView(base: nil) }
+    for view in views { try machine.vcpu.selectView(view) }
+    let ways: [[MemoryView?]] = [
+      [nil], [views[0], nil, views[0]], [views[1], views[0]], [views[1]], [nil, views[1], nil],
+    ]
+    for (round, way) in ways.enumerated() {
+      try start(machine, "stores", .long)
+      var state = try machine.vcpu.readState()
+      state.system.fs.base = 0x1000 + UInt64(round)
+      state.system.cr2 = 0x2000 + UInt64(round)
+      state.debug.addresses[1] = 0x3000 + UInt64(round)
+      let index = try #require(state.modelSpecific.firstIndex { $0.index == 0xc000_0102 })
+      state.modelSpecific[index].value = 0x4000 + UInt64(round)
+      // XMM0, and that it is not in its initial state (SDM vol. 1, 13.4).
+      state.extended[160] = 0x50 + UInt8(round)
+      state.extended[512] |= 2
+      try machine.vcpu.writeState(state)
+      for view in way { try machine.vcpu.selectView(view) }
+      #expect(try machine.next() == .done)
+      let after = try machine.vcpu.readState()
+      #expect(after.system == state.system, "\(way.count)")
+      #expect(after.debug.addresses == state.debug.addresses)
+      #expect(after.modelSpecific[index] == state.modelSpecific[index])
+      #expect(after.extended[160] == state.extended[160])
+    }
+  }
+
+  @Test(arguments: AcceleratorUnderTest.withViews)
+  func addressesAreTranslatedInAView(_ subject: AcceleratorUnderTest) throws {
+    let machine = try make(subject)
+    // 4 KiB of linear addresses at 1 GiB stand for the data, 2 MiB after 2 MiB for memory from 4 GiB on.
+    for (address, entry) in [
+      (0x2008, 0x9007), (0x9000, 0xa007), (0xa000, TestMachine.data | 7), (0x9008, 0x1_0000_0087),
+    ] {
+      try machine.write(UInt64(entry), to: UInt64(address))
+    }
+    let view = try machine.machine.makeView(base: nil)
+    try machine.vcpu.selectView(view)
+    let known: [UInt64: UInt64?] = [
+      0x4000_0123: TestMachine.data + 0x123, 0x4020_0005: TestMachine.high + 5, 0x4000_1000: nil, 1 << 46: nil,
+      1 << 63: nil, 0x1234: 0x1234,
+    ]
+    for mode in [TestMachine.Mode.long, .user] {
+      try start(machine, "stores", mode)
+      #expect(try machine.next() == .done)
+      for (linear, physical) in known {
+        #expect(try machine.vcpu.translate(linear)?.rawValue == physical, "\(linear)")
+      }
+    }
+    try machine.start("protected", .protected)
+    #expect(try machine.next() == .done)
+    #expect(try machine.vcpu.translate(0x1234)?.rawValue == 0x1234)
+  }
+
   @Test(arguments: AcceleratorUnderTest.withViews)
   func aViewStartsAsItsBaseAndGoesItsOwnWay(_ subject: AcceleratorUnderTest) throws {
     let machine = try make(subject)

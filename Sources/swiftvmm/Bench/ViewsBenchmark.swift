@@ -29,12 +29,17 @@ struct ViewsBenchmark {
         table.add(name, figures)
       }
       add("pio exit", exits)
+      let instruction = try measure(engines) { engine, rounds throws(AcceleratorError) in
+        try ViewLoop(engine).instructions(rounds * 10)
+      }
+      add("guest instruction", instruction)
       for pages in [1, 100, 10_000] as [UInt64] {
-        add(
-          "switch and return, \(pages) pages protected",
-          try measure(engines) { engine, rounds throws(AcceleratorError) in
-            try ViewLoop(engine, protecting: pages).switches(rounds)
-          })
+        let switches = try measure(engines) { engine, rounds throws(AcceleratorError) in
+          try ViewLoop(engine, protecting: pages).switches(rounds)
+        }
+        add("switch and return, \(pages) pages protected", switches)
+        guard pages == 1, let soft = switches[0], let one = instruction[0] else { continue }
+        table.notes.append("soft: switch and return / guest instruction: \(decimal(soft.median / one.median, 0))")
       }
       add(
         "switch, first touch of data, return",
@@ -105,7 +110,7 @@ struct ViewsBenchmark {
   }
 }
 
-/// A vCPU in 32-bit code without paging, in this process: no device and no supervisor is in the figures.
+/// A vCPU in long mode, in this process: no device and no supervisor is in the figures.
 private struct ViewLoop {
   private let memory: GuestMemory
   private let machine: any VirtualMachine
@@ -113,6 +118,7 @@ private struct ViewLoop {
   private let range: GuestRange
   private let protected: UInt64
   private static let size: UInt64 = 64 << 20
+  private static let tables: UInt64 = 0xa000
 
   init(_ accelerator: any Accelerator, protecting pages: UInt64 = 1) throws(AcceleratorError) {
     let memory: GuestMemory
@@ -127,19 +133,31 @@ private struct ViewLoop {
     try machine.setMemorySlot(MemorySlot(number: 0, range: range, hostBase: memory.regions[0].hostBase))
     vcpu = try machine.makeVCPU(index: 0, cpuid: try accelerator.supportedCPUID())
     var system = try vcpu.readSystemRegisters()
-    system.cs = .code32(selector: 8)
+    system.cs = .code64(selector: 8)
     for path in [\SystemRegisters.ds, \.es, \.fs, \.gs, \.ss] { system[keyPath: path] = .data(selector: 16) }
-    system.cr0 |= 1
+    system.cr0 |= 1 << 31 | 1
+    system.cr3 = Self.tables
+    system.cr4 |= 1 << 5
+    system.efer |= 5 << 8
+    try write([Self.tables + 0x1003], to: Self.tables)
+    try write([Self.tables + 0x2003], to: Self.tables + 0x1000)
+    try write(stride(from: 0, to: Self.size, by: 2 << 20).map { $0 | 0x83 }, to: Self.tables + 0x2000)
     try vcpu.writeSystemRegisters(system)
   }
 
-  private func start(_ code: [UInt8], loader: [UInt8] = [], rounds: UInt64) throws(AcceleratorError) {
+  private func write<Value: FixedWidthInteger>(_ values: [Value], to address: UInt64) throws(AcceleratorError) {
     do {
-      try memory.write(code, to: GuestPhysicalAddress(0x1000))
-      try memory.write(loader, to: GuestPhysicalAddress(0x3000))
+      for (index, value) in values.enumerated() {
+        try memory.write(value, to: GuestPhysicalAddress(address) + UInt64(index * MemoryLayout<Value>.size))
+      }
     } catch {
       throw .unsupported(engine: "", what: "\(error)")
     }
+  }
+
+  private func start(_ code: [UInt8], loader: [UInt8] = [], rounds: UInt64) throws(AcceleratorError) {
+    try write(code, to: 0x1000)
+    try write(loader, to: 0x3000)
     var general = GeneralRegisters()
     general.rip = 0x1000
     general.rsp = 0x8000
@@ -170,9 +188,17 @@ private struct ViewLoop {
 
   /// `out 0x80, al`; `dec ecx`; `jnz`; `out 0x81, al`.
   func exits(_ rounds: UInt64) throws(AcceleratorError) -> Double {
-    try start([0xe6, 0x80, 0x49, 0x75, 0xfb, 0xe6, 0x81], rounds: rounds)
+    try start([0xe6, 0x80, 0xff, 0xc9, 0x75, 0xfa, 0xe6, 0x81], rounds: rounds)
     return try time(rounds) { () throws(AcceleratorError) in
       while true { if case .portIO(let access) = try vcpu.run(), access.port == 0x81 { return } }
+    }
+  }
+
+  /// `inc eax`; `dec ecx`; `jnz`: one instruction's time.
+  func instructions(_ rounds: UInt64) throws(AcceleratorError) -> Double {
+    try start([0xff, 0xc0, 0xff, 0xc9, 0x75, 0xfa, 0xe6, 0x81], rounds: rounds)
+    return try time(rounds * 3) { () throws(AcceleratorError) in
+      while true { if case .portIO = try vcpu.run() { return } }
     }
   }
 
@@ -181,7 +207,7 @@ private struct ViewLoop {
     let (kernel, loader) = try views()
     let touch: [UInt8] = touching ? [0x8b, 0x03] : []
     try start(
-      [0xe8, 0xfb, 0x1f, 0, 0, 0x49, 0x75, 0xf8, 0xe6, 0x81], loader: touch + [0xc3], rounds: rounds)
+      [0xe8, 0xfb, 0x1f, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0xe6, 0x81], loader: touch + [0xc3], rounds: rounds)
     try vcpu.selectView(kernel)
     return try time(rounds) { () throws(AcceleratorError) in
       while true {
@@ -211,7 +237,7 @@ private struct ViewLoop {
     let repeats: UInt64 = 20
     var total = 0.0
     for _ in 0..<repeats {
-      try start([0x89, 0x0b, 0x49, 0x75, 0xfb, 0xe6, 0x81], rounds: 1000)
+      try start([0x89, 0x0b, 0xff, 0xc9, 0x75, 0xfa, 0xe6, 0x81], rounds: 1000)
       total += try time(1) { () throws(AcceleratorError) in
         while true { if case .portIO = try vcpu.run() { return } }
       }
@@ -221,23 +247,24 @@ private struct ViewLoop {
 
   /// One machine whose slots are exchanged: the loader's page comes, the kernel's goes; and back.
   func slotSwaps(_ rounds: UInt64) throws(AcceleratorError) -> Double {
-    guard let low = page(0x1000), let high = page(0x3000) else { return .nan }
     try machine.removeMemorySlot(0)
-    func slot(_ number: UInt32, _ range: GuestRange) -> MemorySlot {
-      MemorySlot(
-        number: number, range: range, hostBase: memory.regions[0].hostBase + Int(range.start.rawValue))
+    func slot(_ number: UInt32, _ start: UInt64, _ end: UInt64) throws(AcceleratorError) -> MemorySlot {
+      guard let range = GuestRange(start: GuestPhysicalAddress(start), size: end - start) else {
+        throw .unknownSlot(number)
+      }
+      return MemorySlot(number: number, range: range, hostBase: memory.regions[0].hostBase + Int(start))
     }
-    try machine.setMemorySlot(slot(1, low))
-    try machine.setMemorySlot(slot(3, high))
+    let (low, high) = try (slot(1, 0x1000, 0x2000), slot(3, 0x3000, 0x4000))
+    for slot in try [low, slot(2, 0x2000, 0x3000), high, slot(4, 0x4000, Self.size)] { try machine.setMemorySlot(slot) }
     // Both pages have been used: there is something to take back.
-    try start([0xe6, 0x80, 0xe8, 0xf9, 0x1f, 0, 0, 0xe6, 0x81], loader: [0xc3], rounds: 1)
+    try start([0xe8, 0xfb, 0x1f, 0, 0, 0xe6, 0x81], loader: [0xc3], rounds: 1)
     _ = try vcpu.run()
     return try time(rounds) { () throws(AcceleratorError) in
       for _ in 0..<rounds {
         try machine.removeMemorySlot(1)
-        try machine.setMemorySlot(slot(3, high))
+        try machine.setMemorySlot(high)
         try machine.removeMemorySlot(3)
-        try machine.setMemorySlot(slot(1, low))
+        try machine.setMemorySlot(low)
       }
     }
   }
@@ -247,7 +274,7 @@ private struct ViewLoop {
     let other = try KVMAccelerator().makeVirtualMachine(memory: memory, interrupts: .userSpace)
     try other.setMemorySlot(MemorySlot(number: 0, range: range, hostBase: memory.regions[0].hostBase))
     let twin = try other.makeVCPU(index: 0, cpuid: try KVMAccelerator().supportedCPUID())
-    try start([0xe6, 0x80, 0x49, 0x75, 0xfb, 0xe6, 0x81], rounds: .max)
+    try start([0xe6, 0x80, 0xff, 0xc9, 0x75, 0xfa, 0xe6, 0x81], rounds: .max)
     _ = try vcpu.run()
     return try time(rounds) { () throws(AcceleratorError) in
       for _ in 0..<rounds {
