@@ -64,12 +64,17 @@ let package = Package(
     .target(name: "CLinux"),
     .systemLibrary(name: "CElf", providers: [.apt(["libelf-dev"])]),
     .systemLibrary(name: "CCompression", providers: [.apt(["zlib1g-dev", "libzstd-dev"])]),
+    .systemLibrary(name: "COpenSSL", providers: [.apt(["libssl-dev"])]),
     .target(name: "CFirmware", path: "firmware"),
     // The loops of the guest `cpu`, for the physical CPU.
     .target(name: "CLoops", path: "guests/cpu", exclude: ["cpu.swift"]),
 
     // Below every accelerator and device.
     library("Host", ["CLinux"]),
+    // Encrypted streams.
+    .target(
+      name: "TLS", dependencies: ["COpenSSL", "Host"], swiftSettings: strict,
+      linkerSettings: [.linkedLibrary(":libssl.a"), .linkedLibrary(":libcrypto.a")]),
     library("GuestMemory", ["Host", "CLinux"]),
     library("StateTree"),
     library("JSON"),
@@ -147,6 +152,9 @@ let package = Package(
       ]),
 
     tests("HostTests", ["Host"]),
+    // What the tests of encrypted streams need.
+    .target(name: "TestCertificates", path: "Tests/Support/TestCertificates"),
+    tests("TLSTests", ["Host", "TLS", "TestCertificates"]),
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),
     tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
     tests("PageClassesTests", ["GuestMemory", "MemoryViews", "PageClasses"]),
