@@ -427,6 +427,32 @@ private final class Scene {
     try scene.finish()
   }
 
+  /// Another thread closes a file that has no name any more, which takes long.
+  @Test func aFileWithoutANameIsClosed() throws {
+    let scratch = Scratch()
+    try HostFile.create(scratch("gone"), length: 4096)
+    // As /proc calls it.
+    let path = try #require(realpath(scratch("gone"), nil).map { String(cString: $0) })
+    func isOpen() -> Bool {
+      (0..<1024).contains { descriptor in
+        var name = [UInt8](repeating: 0, count: 4096)
+        let count = name.withUnsafeMutableBytes { readlink("/proc/self/fd/\(descriptor)", $0.baseAddress!, $0.count) }
+        return count > 0 && String(decoding: name[..<count], as: UTF8.self) == path + " (deleted)"
+      }
+    }
+    var file: HostFile? = try HostFile(
+      path: path, access: FileAccess(writable: true), queue: ShuffledQueue(seed: 1))
+    unlink(path)
+    #expect(file != nil && isOpen())
+    file = nil
+    var waits = 0
+    while isOpen(), waits < 5000 {
+      waits += 1
+      usleep(1000)
+    }
+    #expect(waits < 5000)
+  }
+
   /// A mirror that is ended for another process is the disk as it was, and closed; without one there is nothing to hand over.
   @Test func aMirrorIsHandedOver() throws {
     let scene = try Scene(seed: 21)

@@ -70,6 +70,15 @@ public final class HostFile: BlockFile {
     if !access.sharesAll { try FileLocks.take(file.rawValue, path: path, writable: access.writable) }
   }
 
+  deinit {
+    // The last close of a file without a name gives its storage back, which takes a third of a second a GiB: no guest waits for that.
+    var status = stat()
+    guard fstat(file.rawValue, &status) == 0, status.st_nlink == 0, status.st_mode & S_IFMT == S_IFREG else { return }
+    let copy = fcntl(file.rawValue, F_DUPFD_CLOEXEC, 0)
+    guard copy >= 0 else { return }
+    if (try? HostThread(name: "closing") { Glibc.close(copy) }) == nil { Glibc.close(copy) }
+  }
+
   /// Makes a file of `length` zero bytes, or empties an existing one.
   public static func create(_ path: String, length: UInt64 = 0) throws(BlockError) {
     let file: FileDescriptor
