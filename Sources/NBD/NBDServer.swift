@@ -1,6 +1,7 @@
 import BlockLayer
 import Glibc
 import Host
+import TLS
 
 /// An NBD server for nodes of one `IOThread`. It belongs to that thread and does all of its work there: what a client
 /// sends goes to the node, and what the node answers to the client, without a change of threads.
@@ -11,6 +12,8 @@ public final class NBDServer: @unchecked Sendable {
     case connected(Int)
     /// One less.
     case disconnected(Int)
+    /// One was turned away, for its TLS.
+    case refused(TLSError)
   }
 
   /// How long a client may take for its options, nanoseconds.
@@ -20,6 +23,7 @@ public final class NBDServer: @unchecked Sendable {
   private let listener: StreamListener
   /// Clients at a time; the next one waits until one has left. 0 for no limit.
   private let clientLimit: Int
+  private let credentials: TLSCredentials?
   private let table = ExportTable()
   private let pool = BufferPool()
   private var connections: [NBDConnection] = []
@@ -30,15 +34,16 @@ public final class NBDServer: @unchecked Sendable {
   private var isPumping = false
   private var onEvent: (Event) -> Void
 
-  /// Serves clients of `listener` once `start` has been called.
+  /// Serves clients of `listener` once `start` has been called; with `credentials`, by TLS only.
   ///
   /// `onEvent` is called on the thread.
   public init(
-    _ listener: consuming StreamListener, on thread: IOThread, clientLimit: Int = 0,
+    _ listener: consuming StreamListener, on thread: IOThread, clientLimit: Int = 0, credentials: TLSCredentials? = nil,
     onEvent: @escaping (Event) -> Void = { _ in }
   ) throws(NBDError) {
     self.thread = thread
     self.clientLimit = clientLimit
+    self.credentials = credentials
     self.onEvent = onEvent
     _ = fcntl(listener.descriptor.rawValue, F_SETFL, O_NONBLOCK)
     self.listener = listener
@@ -111,7 +116,8 @@ public final class NBDServer: @unchecked Sendable {
       if error.errno != EAGAIN { restAccepting() }
       return
     }
-    let connection = NBDConnection(socket, ServerSession(table: table, pool: pool))
+    let connection = NBDConnection(
+      socket, ServerSession(table: table, pool: pool, requiresTLS: credentials != nil))
     connection.session.onOutput = { [unowned self, unowned connection] in note(connection) }
     let deadline = thread.loop.makeTimer { [weak self, weak connection] in
       guard let self, let connection, !connection.session.isNegotiated else { return }
@@ -154,13 +160,22 @@ public final class NBDServer: @unchecked Sendable {
     if what.contains(.writable) || connection.session.isOver { note(connection) }
     if !what.isDisjoint(with: [.readable, .failed]) {
       // A hang-up is told for ever: one whose requests are not wanted now is no use waiting for.
-      let isGone = !what.isDisjoint(with: .failed) && !connection.session.wantsInput
-      if isGone || !connection.receive() { connection.session.drop() }
+      let isGone = !what.isDisjoint(with: .failed) && !connection.wantsInput
+      if isGone || !receive(connection) { connection.session.drop() }
       note(connection)
     }
     // Completes what can be done at once, and sends it.
     thread.poll()
     pump()
+  }
+
+  private func receive(_ connection: NBDConnection) -> Bool {
+    do throws(TLSError) {
+      return try connection.receive()
+    } catch {
+      if !connection.isEncrypted { onEvent(.refused(error)) }
+      return false
+    }
   }
 
   /// Sends what is there, which lets waiting requests begin, until nothing can go on.
@@ -169,8 +184,8 @@ public final class NBDServer: @unchecked Sendable {
     isPumping = true
     while let connection = ready.popLast() {
       connection.isReady = false
-      if !connection.send() { connection.session.drop() }
-      if connection.session.isOver {
+      if !connection.send() || !startTLS(connection) { connection.session.drop() }
+      if connection.isOver {
         close(connection)
       } else {
         watch(connection)
@@ -180,10 +195,26 @@ public final class NBDServer: @unchecked Sendable {
     isPumping = false
   }
 
+  /// False where it cannot be.
+  private func startTLS(_ connection: NBDConnection) -> Bool {
+    guard let credentials, connection.session.wantsTLS, connection.tls == nil else { return true }
+    connection.tls = try? TLSSession(credentials, over: connection.socket.rawValue)
+    return connection.tls != nil
+  }
+
   private func watch(_ connection: NBDConnection) {
     var interest: EventLoop.Interest = []
-    if connection.session.wantsInput { interest.insert(.readable) }
-    if !connection.session.output.isEmpty { interest.insert(.writable) }
+    if connection.wantsInput { interest.insert(.readable) }
+    if connection.hasOutput { interest.insert(.writable) }
+    if connection.wantsInput, connection.mayHaveMore, !connection.isExpected {
+      // The socket will not tell of what has been read from it already.
+      connection.isExpected = true
+      thread.loop.execute { [weak self, weak connection] in
+        guard let self, let connection else { return }
+        connection.isExpected = false
+        serve(connection, .readable)
+      }
+    }
     guard interest != connection.interest else { return }
     connection.interest = interest
     try? thread.loop.modify(connection.socket.rawValue, interest)
@@ -196,6 +227,7 @@ public final class NBDServer: @unchecked Sendable {
     connection.session.onOutput = {}
     connection.session.drop()
     thread.loop.remove(connection.socket.rawValue)
+    connection.tls?.sayGoodbye()
     // The peer learns of it now, even where requests under way keep the connection's memory.
     shutdown(connection.socket.rawValue, Int32(SHUT_RDWR))
     onEvent(.disconnected(connections.count))
@@ -214,6 +246,13 @@ private final class NBDConnection: @unchecked Sendable {
   var interest: EventLoop.Interest = .readable
   var isReady = false
   var deadline: EventLoop.Timer?
+  /// From the moment in which its handshake may begin.
+  var tls: TLSSession?
+  /// Bytes that have come may lie in `tls`.
+  private(set) var mayHaveMore = false
+  /// It will be served soon, whatever the socket says.
+  var isExpected = false
+  private(set) var isEncrypted = false
 
   init(_ socket: consuming FileDescriptor, _ session: ServerSession) {
     // Room for several replies of the usual 256 KiB: each change from one side to the other costs more than the bytes.
@@ -223,8 +262,16 @@ private final class NBDConnection: @unchecked Sendable {
     self.session = session
   }
 
+  var wantsInput: Bool { tls != nil && !isEncrypted || session.wantsInput }
+
+  var hasOutput: Bool { tls?.hasOutput ?? false || !session.output.isEmpty }
+
+  /// Whether it is to be closed.
+  var isOver: Bool { session.isOver && (session.isDropped || !hasOutput) }
+
   /// Takes what the client has sent; false where it is gone.
-  func receive() -> Bool {
+  func receive() throws(TLSError) -> Bool {
+    if let tls { return try receive(tls) }
     var taken = 0
     while session.wantsInput, taken < Self.turn {
       let space = session.space
@@ -241,9 +288,52 @@ private final class NBDConnection: @unchecked Sendable {
     return true
   }
 
+  private func receive(_ tls: TLSSession) throws(TLSError) -> Bool {
+    if !isEncrypted, !session.isDropped {
+      do throws(TLSError) {
+        isEncrypted = try tls.advanceHandshake()
+      } catch {
+        // The client is to know why.
+        _ = try? tls.flush()
+        throw error
+      }
+      guard isEncrypted else { return true }
+      session.startEncrypted()
+    }
+    var taken = 0
+    mayHaveMore = true
+    while session.wantsInput, taken < Self.turn {
+      let space = session.space
+      guard let start = space.baseAddress else { return false }
+      guard let count = try tls.read(start, space.count) else {
+        mayHaveMore = false
+        break
+      }
+      if count == 0 { return false }
+      session.received(count)
+      taken += count
+    }
+    return true
+  }
+
+  private func send(_ tls: TLSSession) -> Bool {
+    withUnsafeTemporaryAllocation(of: iovec.self, capacity: Self.vectors) { vectors in
+      guard let start = vectors.baseAddress else { return false }
+      do throws(TLSError) {
+        while try tls.flush(), isEncrypted, !session.output.isEmpty {
+          session.sent(try tls.encrypt(start, session.output.fill(vectors)))
+        }
+        return true
+      } catch {
+        return false
+      }
+    }
+  }
+
   /// Sends as much as the socket takes; false where the client is gone.
   func send() -> Bool {
-    withUnsafeTemporaryAllocation(of: iovec.self, capacity: Self.vectors) { vectors in
+    if let tls { return send(tls) }
+    return withUnsafeTemporaryAllocation(of: iovec.self, capacity: Self.vectors) { vectors in
       while !session.output.isEmpty {
         var message = msghdr()
         message.msg_iov = vectors.baseAddress

@@ -10,6 +10,8 @@ extension ServerSession {
     case optionTooLong = "the option has more than 64 KiB"
     case unknownOption = "the option is not known"
     case noTLS = "TLS is not available"
+    case needsTLS = "TLS is required"
+    case hasTLS = "TLS has begun"
     case malformed = "the option's data is malformed"
     case noExport = "no export has that name"
     case needsStructuredReplies = "structured replies have not been negotiated"
@@ -38,6 +40,12 @@ extension ServerSession {
   /// An option with all of its data.
   func option(_ raw: UInt32, _ data: [UInt8]) {
     phase = .optionHeader
+    let isWayToTLS = [NBDProtocol.Option.startTLS.rawValue, NBDProtocol.Option.abort.rawValue].contains(raw)
+    if encryption == .required, !isWayToTLS {
+      // What has no reply to say so ends the connection.
+      if raw == NBDProtocol.Option.exportName.rawValue { return drop() }
+      return refuse(raw, NBDProtocol.OptionReply.needsTLS, .needsTLS)
+    }
     guard let option = NBDProtocol.Option(rawValue: raw) else {
       return refuse(raw, NBDProtocol.OptionReply.unsupported, .unknownOption)
     }
@@ -47,7 +55,7 @@ extension ServerSession {
       reply(raw, NBDProtocol.OptionReply.ack)
       phase = .ending
     case .list: list(data)
-    case .startTLS: refuse(raw, NBDProtocol.OptionReply.policy, .noTLS)
+    case .startTLS: startTLS(data)
     case .info, .go: information(raw, data, isGo: option == .go)
     case .structuredReply:
       guard data.isEmpty else { return refuse(raw, NBDProtocol.OptionReply.invalid, .malformed) }
@@ -70,6 +78,20 @@ extension ServerSession {
   func refuse(_ option: UInt32, _ type: UInt32, _ fault: OptionFault) {
     phase = .optionHeader
     reply(option, type, Array(fault.rawValue.utf8))
+  }
+
+  private func startTLS(_ data: [UInt8]) {
+    let option = NBDProtocol.Option.startTLS.rawValue
+    guard data.isEmpty else { return refuse(option, NBDProtocol.OptionReply.invalid, .malformed) }
+    switch encryption {
+    case .none: refuse(option, NBDProtocol.OptionReply.policy, .noTLS)
+    case .active: refuse(option, NBDProtocol.OptionReply.invalid, .hasTLS)
+    case .required:
+      // What follows in the clear would count as if it were the client's.
+      if hasMore { return drop() }
+      phase = .startingTLS
+      reply(option, NBDProtocol.OptionReply.ack)
+    }
   }
 
   /// Ends the handshake. Contexts that were selected for another export are none of this one's.

@@ -23,12 +23,22 @@ final class ServerSession {
   /// Options before the client must make up its mind.
   static let optionLimit = 1024
 
+  /// What the client's bytes are protected by.
+  enum Encryption {
+    case none
+    /// Nothing but the way to TLS is answered.
+    case required
+    case active
+  }
+
   enum Phase {
     case clientFlags
     case optionHeader
     case option(UInt32, length: Int)
     /// An option that is too long; so many bytes of it are still to come.
     case tooLongOption(UInt32, rest: Int)
+    /// What comes next is TLS, for whoever has the socket; see `startEncrypted`.
+    case startingTLS
     case transmission
     /// A write whose bytes are coming.
     case payload(ServerTransfer, filled: Int)
@@ -48,6 +58,7 @@ final class ServerSession {
   var onOutput: () -> Void = {}
 
   // What was negotiated.
+  private(set) var encryption: Encryption
   var noZeroes = false
   var usesStructuredReplies = false
   var optionCount = 0
@@ -69,7 +80,8 @@ final class ServerSession {
   /// A request waits for others to be answered, or an option for replies to be read.
   private(set) var isStalled = false
 
-  init(table: ExportTable, pool: BufferPool) {
+  init(table: ExportTable, pool: BufferPool, requiresTLS: Bool = false) {
+    encryption = requiresTLS ? .required : .none
     self.table = table
     self.pool = pool
     input = .allocate(byteCount: NBDProtocol.longestOption + 4096, alignment: 16)
@@ -93,9 +105,27 @@ final class ServerSession {
   /// Whether bytes are wanted now.
   var wantsInput: Bool {
     switch phase {
-    case .ending, .dropped: false
+    case .startingTLS, .ending, .dropped: false
     default: !isStalled
     }
+  }
+
+  /// Whether TLS is to begin: the client has been told.
+  var wantsTLS: Bool {
+    if case .startingTLS = phase { output.isEmpty } else { false }
+  }
+
+  /// Whether bytes have come that nobody has looked at.
+  var hasMore: Bool { start < end }
+
+  /// The handshake of TLS is done.
+  func startEncrypted() {
+    encryption = .active
+    phase = .optionHeader
+  }
+
+  var isDropped: Bool {
+    if case .dropped = phase { true } else { false }
   }
 
   /// Whether the connection is to be closed.
@@ -186,7 +216,7 @@ final class ServerSession {
         phase = .refusedPayload(transfer, rest: rest - part, code)
       }
       return part > 0
-    case .ending, .dropped: return false
+    case .startingTLS, .ending, .dropped: return false
     }
   }
 

@@ -29,7 +29,8 @@ struct ClientTests {
 
   @Test(arguments: [
     "nbd://host", "nbd://host:1234/a%20b", "nbd+unix:///disk?socket=/tmp/s", "nbd+unix:///?socket=/a%3Fb",
-    "nbd://[::1]:7/x",
+    "nbd://[::1]:7/x", "nbds://host", "nbds://host:1/x?tls-certificates=/a%20b&tls-hostname=other",
+    "nbds+unix:///x?socket=/s&tls-certificates=dir&tls-verify-peer=false",
   ])
   func urisAreReadAndWritten(text: String) throws {
     let uri = try NBDURI(text)
@@ -37,7 +38,10 @@ struct ClientTests {
   }
 
   @Test(arguments: [
-    "nbd:///x", "nbd+unix:///x", "nbd+unix://host/x?socket=/s", "nbds://host/x", "nbd://host:port/x", "nbd://h/%zz",
+    "nbd:///x", "nbd+unix:///x", "nbd+unix://host/x?socket=/s", "nbd://host:port/x", "nbd://h/%zz",
+    "nbd://host/x?tls-hostname=h",
+    "nbds://host/x?tls-verify-peer=maybe", "nbds://host/x?socket=/s", "nbds://host/x?tls-hostname=", "nbds+unix:///x",
+    "nbds://host/x?other=1", "nbdx://host/x",
     "nbd+unix:///?socket=/\(String(repeating: "x", count: 200))",
   ])
   func urisThatMeanNothingAreRefused(text: String) {

@@ -174,6 +174,7 @@ func withQemuNBD<Result>(_ arguments: [String], _ folder: TemporaryFolder, _ bod
     process.waitUntilExit()
     unlink(socket)
   }
-  for _ in 0..<500 where access(socket, F_OK) != 0 { usleep(10_000) }
+  // The file is there before anybody listens.
+  for _ in 0..<500 where (try? StreamEndpoint.unix(path: socket).connect().rawValue) == nil { usleep(10_000) }
   return try body("nbd+unix:///?socket=\(socket)")
 }

@@ -28,6 +28,34 @@ struct SessionTests {
     #expect(reply == Wire.simpleReply(0) + client.node.bytes[512..<1024])
   }
 
+  /// Where TLS is required nothing else is answered before it; what was said in the clear does not count after it.
+  @Test func nothingIsSaidBeforeTLS() throws {
+    let client = try Conversation(requiresTLS: true)
+    client.say(Wire.flags(3))
+    for option in [NBDProtocol.Option.list, .info, .go, .structuredReply, .listMetaContext, .setMetaContext] {
+      #expect(client.say(Wire.option(option)).bigEndian32(12) == NBDProtocol.OptionReply.needsTLS, "\(option)")
+    }
+    #expect(client.say(Wire.option(77, length: 0)).bigEndian32(12) == NBDProtocol.OptionReply.needsTLS)
+    #expect(client.say(Wire.option(.startTLS, [1])).bigEndian32(12) == NBDProtocol.OptionReply.invalid)
+    #expect(client.say(Wire.option(.startTLS)) == Wire.optionReply(.startTLS, NBDProtocol.OptionReply.ack))
+    #expect(client.session.wantsTLS && !client.session.wantsInput && !client.session.usesStructuredReplies)
+    client.session.startEncrypted()
+    #expect(client.session.wantsInput)
+    #expect(client.say(Wire.option(.startTLS)).bigEndian32(12) == NBDProtocol.OptionReply.invalid)
+    client.say(Wire.option(.go, Wire.string("disk") + [0, 0]))
+    let reply = client.say(Wire.request(.read, at: 512, length: 512))
+    #expect(reply == Wire.simpleReply(0) + client.node.bytes[512..<1024])
+  }
+
+  @Test func whatFollowsStartTLSInTheClearEndsTheConnection() throws {
+    let client = try Conversation(requiresTLS: true)
+    client.say(Wire.flags(3) + Wire.option(.startTLS) + Wire.option(.go, Wire.string("disk") + [0, 0]))
+    #expect(client.session.isOver && !client.session.wantsTLS)
+    let other = try Conversation(requiresTLS: true)
+    other.say(Wire.flags(3) + Wire.option(.exportName, Array("disk".utf8)))
+    #expect(other.session.isOver)
+  }
+
   @Test func optionsThatAreWrongAreRefusedAndTheNextOneCounts() throws {
     let client = try Conversation()
     client.say(Wire.flags(3))

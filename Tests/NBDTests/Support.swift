@@ -1,6 +1,7 @@
 import BlockLayer
 import Foundation
 import Host
+import TLS
 
 @testable import NBD
 
@@ -41,18 +42,28 @@ final class TestServer {
   let server: NBDServer
   let chain: BlockChain
   let socket: String
+  let certificates: String?
 
-  var uri: String { "\(NBDURI(.unix(path: socket), export: ""))" }
+  var uri: String {
+    let tls = certificates.map { NBDURI.TLS(certificates: $0, hostName: "localhost") }
+    return "\(NBDURI(server.endpoint, export: "", tls: tls))"
+  }
 
   init(
     _ image: String, format: ImageFormat? = nil, in folder: TemporaryFolder, writable: Bool = false,
-    bitmaps: [String] = []
+    bitmaps: [String] = [], certificates: String? = nil, verifiesPeer: Bool = true, tcp: Bool = false,
+    onEvent: @escaping (NBDServer.Event) -> Void = { _ in }
   ) throws {
+    self.certificates = certificates
     thread = try IOThread()
     chain = try BlockChain(
       path: image, format: format, access: FileAccess(writable: writable), queue: thread.queue)
     socket = folder.path + "/\(UUID().uuidString.prefix(8))"
-    server = try NBDServer(StreamListener(.unix(path: socket)), on: thread)
+    let credentials = try certificates.map {
+      try TLSCredentials(directory: $0, endpoint: .server, verifiesPeer: verifiesPeer)
+    }
+    let endpoint = tcp ? StreamEndpoint.tcp(host: "127.0.0.1", port: 0) : .unix(path: socket)
+    server = try NBDServer(StreamListener(endpoint), on: thread, credentials: credentials, onEvent: onEvent)
     let shown = chain.layers[0].qcow2?.bitmaps.filter { bitmaps.contains($0.name) } ?? []
     try server.add(NBDExport(name: "", node: chain.top, isReadOnly: !writable, bitmaps: shown.map { NBDBitmap($0) }))
     try server.start()
@@ -72,7 +83,7 @@ final class Conversation {
   let node: TestNode
   let table = ExportTable()
 
-  init(isReadOnly: Bool = false, structured: Bool = false, bitmaps: Int = 0) throws {
+  init(isReadOnly: Bool = false, structured: Bool = false, bitmaps: Int = 0, requiresTLS: Bool = false) throws {
     node = TestNode()
     let bits = (0..<bitmaps).map { number in
       NBDBitmap(name: "bits\(number)") { offset, length in
@@ -83,7 +94,7 @@ final class Conversation {
       try NBDExport(name: "disk", description: "a disk", node: node, isReadOnly: isReadOnly, bitmaps: bits),
       try NBDExport(name: "other", node: TestNode()),
     ]
-    session = ServerSession(table: table, pool: BufferPool())
+    session = ServerSession(table: table, pool: BufferPool(), requiresTLS: requiresTLS)
   }
 
   /// What the server has to say to `bytes`, which come `step` at a time.

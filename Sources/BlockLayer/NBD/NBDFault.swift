@@ -1,3 +1,5 @@
+import TLS
+
 /// What a server does against the NBD protocol, or has not.
 public enum NBDFault: Equatable, Sendable, CustomStringConvertible {
   case notNBD
@@ -5,6 +7,9 @@ public enum NBDFault: Equatable, Sendable, CustomStringConvertible {
   case closed
   case noExport
   case needsTLS
+  case hasNoTLS
+  case noCertificates
+  case tls(TLSError)
   case refused(option: UInt32, code: UInt32, text: String)
   case malformedReply(option: UInt32)
   case tooLarge(size: UInt64)
@@ -19,7 +24,10 @@ public enum NBDFault: Equatable, Sendable, CustomStringConvertible {
     case .oldServer: "the server knows the old handshake only"
     case .closed: "the server ended the connection"
     case .noExport: "the server has no export of that name"
-    case .needsTLS: "the server asks for TLS, which swiftvmm has not"
+    case .needsTLS: "the server asks for TLS: use nbds:// with tls-certificates=DIR"
+    case .hasNoTLS: "the server has no TLS: use nbd:// if the network is to be trusted"
+    case .noCertificates: "nbds:// needs tls-certificates=DIR, a folder with ca-cert.pem"
+    case .tls(let error): "\(error)"
     case .refused(let option, let code, let text):
       "the server refuses option \(option) with 0x\(String(code, radix: 16))" + (text.isEmpty ? "" : ": \(text)")
     case .malformedReply(let option): "the server's reply to option \(option) is malformed"

@@ -37,12 +37,13 @@ public final class NBDFile: BlockFile {
     } catch {
       throw .io(call: "connect to", path: path, errno: error.errno)
     }
-    handshake = try NBDHandshake(socket.rawValue, uri)
+    let stream = NBDStream(socket, path: path)
+    handshake = try NBDHandshake(stream, uri)
     length = handshake.size
     isReadOnly = !access.writable
     if access.writable, handshake.flags.contains(.readOnly) { throw .remote(uri: path, .readOnly) }
     do throws(HostError) {
-      link = try NBDLink(socket, path: path, handshake)
+      link = try NBDLink(stream, path: path, handshake)
     } catch {
       throw .queue(error)
     }

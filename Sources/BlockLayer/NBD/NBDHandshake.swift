@@ -1,15 +1,14 @@
-import CLinux
-import Glibc
 import Host
+import TLS
 
-/// The client's side of the handshake, and what it has found out. The socket waits.
+/// The client's side of the handshake, and what it has found out.
 struct NBDHandshake {
   /// How long the server may take for each answer, seconds.
   private static let timeout = 30
   /// Replies to one option.
   private static let replyLimit = 100_000
 
-  private let socket: Int32
+  private let stream: NBDStream
   private let uri: NBDURI
   private(set) var size: UInt64 = 0
   private(set) var flags: NBDProtocol.TransmissionFlags = []
@@ -19,12 +18,12 @@ struct NBDHandshake {
   private(set) var longestPayload = NBDProtocol.longestPayload
   private var noZeroes = false
 
-  /// Goes through the handshake on a connected socket.
-  init(_ socket: Int32, _ uri: NBDURI) throws(BlockError) {
-    self.socket = socket
+  /// Goes through the handshake.
+  init(_ stream: NBDStream, _ uri: NBDURI) throws(BlockError) {
+    self.stream = stream
     self.uri = uri
-    setTimeout(Self.timeout)
-    let greeting = try receive(18)
+    stream.setPatience(Self.timeout)
+    let greeting = try stream.receive(18)
     guard greeting.bigEndian64(0) == NBDProtocol.greeting else { throw fault(.notNBD) }
     guard greeting.bigEndian64(8) == NBDProtocol.optionMagic else { throw fault(.oldServer) }
     let offered = NBDProtocol.HandshakeFlags(rawValue: UInt32(greeting.bigEndian16(16)))
@@ -33,19 +32,31 @@ struct NBDHandshake {
     noZeroes = chosen.contains(.noZeroes)
     var bytes: [UInt8] = []
     bytes.appendBigEndian(chosen.rawValue)
-    try send(bytes)
+    try stream.send(bytes)
+    if let tls = uri.tls {
+      try startTLS(tls)
+      stream.setPatience(Self.timeout)
+    }
     try negotiate()
     guard size <= UInt64(Int64.max) else { throw fault(.tooLarge(size: size)) }
-    setTimeout(0)
+    stream.setPatience(0)
   }
 
   private func fault(_ fault: NBDFault) -> BlockError { .remote(uri: "\(uri)", fault) }
 
-  private func setTimeout(_ seconds: Int) {
-    var limit = timeval(tv_sec: seconds, tv_usec: 0)
-    for option in [SO_RCVTIMEO, SO_SNDTIMEO] {
-      setsockopt(socket, SOL_SOCKET, option, &limit, socklen_t(MemoryLayout<timeval>.size))
+  /// All that follows is encrypted.
+  private func startTLS(_ tls: NBDURI.TLS) throws(BlockError) {
+    guard let folder = tls.certificates else { throw fault(.noCertificates) }
+    var host = tls.hostName
+    if host == nil, case .tcp(let name, _) = uri.endpoint { host = name }
+    let credentials: TLSCredentials
+    do throws(TLSError) {
+      credentials = try TLSCredentials(directory: folder, endpoint: .client, verifiesPeer: tls.verifiesPeer)
+    } catch {
+      throw fault(.tls(error))
     }
+    guard try ask(.startTLS, [], { _, _ in }) else { throw fault(.hasNoTLS) }
+    do throws(TLSError) { try stream.startTLS(credentials, hostName: host) } catch { throw fault(.tls(error)) }
   }
 
   private mutating func negotiate() throws(BlockError) {
@@ -89,7 +100,7 @@ struct NBDHandshake {
   /// For servers that do not know `NBD_OPT_GO`.
   private func goByName() throws(BlockError) -> (UInt64, UInt16) {
     try sendOption(.exportName, Array(uri.export.utf8))
-    let bytes = try receive(noZeroes ? 10 : 134)
+    let bytes = try stream.receive(noZeroes ? 10 : 134)
     return (bytes.bigEndian64(0), bytes.bigEndian16(8))
   }
 
@@ -99,12 +110,12 @@ struct NBDHandshake {
   ) throws(BlockError) -> Bool {
     try sendOption(option, data)
     for _ in 0..<Self.replyLimit {
-      let header = try receive(20)
+      let header = try stream.receive(20)
       let (type, length) = (header.bigEndian32(12), Int(header.bigEndian32(16)))
       guard header.bigEndian64(0) == NBDProtocol.optionReplyMagic, header.bigEndian32(8) == option.rawValue,
         length <= NBDProtocol.longestOption
       else { throw fault(.malformedReply(option: option.rawValue)) }
-      let data = try receive(length)
+      let data = try stream.receive(length)
       switch type {
       case NBDProtocol.OptionReply.ack: return true
       case NBDProtocol.OptionReply.unsupported: return false
@@ -126,79 +137,12 @@ struct NBDHandshake {
     bytes.appendBigEndian(NBDProtocol.optionMagic)
     bytes.appendBigEndian(option.rawValue)
     bytes.appendBigEndian(UInt32(data.count))
-    try send(bytes + data)
+    try stream.send(bytes + data)
   }
 
   private static func string(_ text: String) -> [UInt8] {
     var bytes: [UInt8] = []
     bytes.appendBigEndian(UInt32(text.utf8.count))
     return bytes + text.utf8
-  }
-
-  private func send(_ bytes: [UInt8]) throws(BlockError) {
-    let code = bytes.withUnsafeBytes { NBDSocket.send(socket, $0) }
-    if code != 0 { throw .io(call: "write to", path: "\(uri)", errno: code) }
-  }
-
-  private func receive(_ count: Int) throws(BlockError) -> [UInt8] {
-    var bytes = [UInt8](repeating: 0, count: count)
-    let code = bytes.withUnsafeMutableBytes { NBDSocket.receive(socket, $0) }
-    switch code {
-    case 0: return bytes
-    case ECONNRESET: throw fault(.closed)
-    case EAGAIN: throw .io(call: "read from", path: "\(uri)", errno: ETIMEDOUT)
-    default: throw .io(call: "read from", path: "\(uri)", errno: code)
-    }
-  }
-}
-
-/// Whole transfers on a socket that waits; each returns 0 or an `errno`.
-enum NBDSocket {
-  static func send(_ socket: Int32, _ bytes: UnsafeRawBufferPointer) -> Int32 {
-    var vector = iovec(iov_base: UnsafeMutableRawPointer(mutating: bytes.baseAddress), iov_len: bytes.count)
-    return send(socket, &vector, 1)
-  }
-
-  static func send(_ socket: Int32, _ vectors: UnsafeMutablePointer<iovec>, _ count: Int) -> Int32 {
-    transfer(vectors, count) { message in sendmsg(socket, message, Int32(MSG_NOSIGNAL)) }
-  }
-
-  static func receive(_ socket: Int32, _ bytes: UnsafeMutableRawBufferPointer) -> Int32 {
-    var vector = iovec(iov_base: bytes.baseAddress, iov_len: bytes.count)
-    return receive(socket, &vector, 1)
-  }
-
-  static func receive(_ socket: Int32, _ vectors: UnsafeMutablePointer<iovec>, _ count: Int) -> Int32 {
-    transfer(vectors, count) { message in recvmsg(socket, message, 0) }
-  }
-
-  private static func transfer(
-    _ vectors: UnsafeMutablePointer<iovec>, _ count: Int, _ body: (UnsafeMutablePointer<msghdr>) -> Int
-  ) -> Int32 {
-    var index = 0
-    while index < count {
-      if vectors[index].iov_len == 0 {
-        index += 1
-        continue
-      }
-      var message = msghdr()
-      message.msg_iov = vectors + index
-      message.msg_iovlen = min(count - index, 1024)
-      var moved = body(&message)
-      if moved < 0 {
-        if errno == EINTR { continue }
-        return errno
-      }
-      // Something was asked for: nothing means that the peer is gone.
-      if moved == 0 { return ECONNRESET }
-      while moved > 0 {
-        let part = min(moved, vectors[index].iov_len)
-        vectors[index].iov_base = vectors[index].iov_base.map { $0 + part }
-        vectors[index].iov_len -= part
-        moved -= part
-        if vectors[index].iov_len == 0 { index += 1 }
-      }
-    }
-    return 0
   }
 }

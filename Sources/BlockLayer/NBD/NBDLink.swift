@@ -16,7 +16,7 @@ final class NBDLink: @unchecked Sendable {
     var isClosing = false
   }
 
-  private let socket: FileDescriptor
+  private let stream: NBDStream
   private let event: FileDescriptor
   private let path: String
   private let structured: Bool
@@ -24,8 +24,8 @@ final class NBDLink: @unchecked Sendable {
   private let state = Condition(State())
   private var threads: [HostThread] = []
 
-  init(_ socket: consuming FileDescriptor, path: String, _ handshake: NBDHandshake) throws(HostError) {
-    self.socket = socket
+  init(_ stream: NBDStream, path: String, _ handshake: NBDHandshake) throws(HostError) {
+    self.stream = stream
     // Waits, unlike other eventfds: a queue reads it.
     event = FileDescriptor(owning: try check("eventfd", eventfd(0, Int32(EFD_CLOEXEC))))
     self.path = path
@@ -70,7 +70,7 @@ final class NBDLink: @unchecked Sendable {
       return !state.asked.isEmpty || !state.outgoing.isEmpty
     }
     // A server that hangs must not hold its client.
-    if isBusy { shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
+    if isBusy { stream.shut() }
     for thread in threads.reversed() { thread.join() }
     threads = []
   }
@@ -119,19 +119,18 @@ final class NBDLink: @unchecked Sendable {
         return (parts, false)
       }
       if next.ends { break }
-      for (cookie, part) in next.parts where send(part, cookie) != 0 {
+      for (cookie, part) in next.parts where !send(part, cookie) {
         // The receiver sees the end of the stream and fails what was asked.
-        shutdown(socket.rawValue, Int32(SHUT_RDWR))
-        return
+        return stream.shut()
       }
     }
     _ = send(NBDPart(.disconnect), 0)
-    shutdown(socket.rawValue, Int32(SHUT_RDWR))
+    stream.end()
   }
 
-  private func send(_ part: NBDPart, _ cookie: UInt64) -> Int32 {
+  private func send(_ part: NBDPart, _ cookie: UInt64) -> Bool {
     withUnsafeTemporaryAllocation(byteCount: NBDProtocol.requestSize, alignment: 8) { header in
-      guard let start = header.baseAddress else { return ENOMEM }
+      guard let start = header.baseAddress else { return false }
       start.storeBigEndian(NBDProtocol.requestMagic, 0)
       start.storeBigEndian(part.flags.rawValue, 4)
       start.storeBigEndian(part.command.rawValue, 6)
@@ -141,7 +140,7 @@ final class NBDLink: @unchecked Sendable {
       var vectors = IOVectors()
       vectors.append(start, NBDProtocol.requestSize)
       if part.command == .write { vectors.append(part.memory, from: 0, length: Int(part.length)) }
-      return NBDSocket.send(socket.rawValue, vectors.pointer, vectors.count)
+      return (try? stream.send(vectors.pointer, vectors.count)) != nil
     }
   }
 
@@ -152,31 +151,21 @@ final class NBDLink: @unchecked Sendable {
       while true { try receiveReply() }
     } catch {
       fail(error)
-      shutdown(socket.rawValue, Int32(SHUT_RDWR))
+      stream.shut()
     }
   }
 
   private func broken(_ rule: String) -> BlockError { .remote(uri: path, .reply(rule)) }
 
-  private func receive(_ count: Int) throws(BlockError) -> [UInt8] {
-    var bytes = [UInt8](repeating: 0, count: count)
-    try requireDone(bytes.withUnsafeMutableBytes { NBDSocket.receive(socket.rawValue, $0) })
-    return bytes
-  }
-
   private func receive(into part: NBDPart, from offset: Int, _ count: Int) throws(BlockError) {
     var vectors = IOVectors()
     vectors.append(part.memory, from: offset, length: count)
     guard vectors.byteCount == count else { throw broken("bytes that nobody asked for") }
-    try requireDone(NBDSocket.receive(socket.rawValue, vectors.pointer, vectors.count))
-  }
-
-  private func requireDone(_ code: Int32) throws(BlockError) {
-    if code != 0 { throw code == ECONNRESET ? .remote(uri: path, .closed) : .io(call: "read", path: path, errno: code) }
+    try stream.receive(vectors.pointer, vectors.count)
   }
 
   private func receiveReply() throws(BlockError) {
-    let head = try receive(NBDProtocol.simpleReplySize)
+    let head = try stream.receive(NBDProtocol.simpleReplySize)
     let cookie = head.bigEndian64(8)
     guard let part = state.withLock({ $0.asked[cookie] }) else { throw broken("an answer to no request") }
     switch head.bigEndian32(0) {
@@ -193,7 +182,7 @@ final class NBDLink: @unchecked Sendable {
       end(part, cookie)
     case NBDProtocol.structuredReplyMagic:
       guard structured else { throw broken("a structured reply, which was not agreed on") }
-      let length = Int(try receive(4).bigEndian32(0))
+      let length = Int(try stream.receive(4).bigEndian32(0))
       try receiveChunk(part, type: head.bigEndian16(6), length)
       guard head.bigEndian16(4) & NBDProtocol.Chunk.done != 0 else { return }
       if part.error == nil, part.command == .read, !part.isCovered { throw broken("a read that is not answered whole") }
@@ -216,21 +205,21 @@ final class NBDLink: @unchecked Sendable {
       guard length == 0 else { throw broken("an empty chunk with bytes") }
     case NBDProtocol.Chunk.offsetData where part.command == .read:
       guard length > 8, length - 8 <= Int(part.length) else { throw broken("a data chunk of \(length) bytes") }
-      let offset = try receive(8).bigEndian64(0)
+      let offset = try stream.receive(8).bigEndian64(0)
       guard part.cover(offset, UInt64(length - 8)) else { throw broken("data at \(offset) that nobody asked for") }
       try receive(into: part, from: Int(offset - part.offset), length - 8)
     case NBDProtocol.Chunk.offsetHole where part.command == .read:
       guard length == 12 else { throw broken("a hole chunk of \(length) bytes") }
-      let bytes = try receive(12)
+      let bytes = try stream.receive(12)
       let (offset, count) = (bytes.bigEndian64(0), UInt64(bytes.bigEndian32(8)))
       guard part.cover(offset, count) else { throw broken("a hole at \(offset) that nobody asked for") }
       part.memory.zero(from: Int(offset - part.offset), length: Int(count))
     case NBDProtocol.Chunk.blockStatus where part.command == .blockStatus:
       guard length >= 12, length % 8 == 4, length <= 16 << 20 else { throw broken("a status of \(length) bytes") }
-      try takeExtents(part, try receive(length))
+      try takeExtents(part, try stream.receive(length))
     case let type where type & 1 << 15 != 0:
       guard length >= 6, length <= NBDProtocol.longestOption else { throw broken("an error of \(length) bytes") }
-      let bytes = try receive(length)
+      let bytes = try stream.receive(length)
       part.error = error(bytes.bigEndian32(0), part)
     default: throw broken("a chunk of type \(type)")
     }
