@@ -62,6 +62,8 @@ public struct MigrationParameters: Sendable {
   public var mayPostCopy = false
   /// Bytes a second of pages that nobody waits for, then; 0 for as many as there go.
   public var postCopyBandwidth: UInt64 = 0
+  /// How the links are encrypted; nil: not at all.
+  public var tls: MigrationTLS?
   /// Where the order of pages is written to.
   public var trace: String?
 

@@ -3,6 +3,7 @@ import GuestMemory
 import Host
 import StateTree
 import Synchronization
+import TLS
 
 /// Takes a machine from another process. One attempt: where it fails before the machine is here, this process has none, and
 /// the source goes on.
@@ -12,6 +13,8 @@ public final class MigrationDestination: @unchecked Sendable {
 
   private let machine: any ArrivingMachine
   private let door: Door
+  private let credentials: TLSCredentials?
+  private let onRefusal: @Sendable (MigrationError) -> Void
   private let state = Condition(State())
 
   /// Where sources come in.
@@ -37,14 +40,20 @@ public final class MigrationDestination: @unchecked Sendable {
     var isOver = false
   }
 
+  /// How long a source may take to say what it wants, in seconds.
+  private static let greetingTime = 5
   /// How long a source that was cut off at the hand-over may take to ask, in seconds.
   private static let questionTime = 30
 
-  /// A destination that listens.
+  /// A destination that listens; with `credentials` it takes sources by TLS alone. `onRefusal` is told why one was turned away
+  /// before it was known what it wants.
   public init(
-    _ machine: any ArrivingMachine, on listener: consuming StreamListener,
+    _ machine: any ArrivingMachine, on listener: consuming StreamListener, credentials: TLSCredentials? = nil,
+    onRefusal: @escaping @Sendable (MigrationError) -> Void = { _ in },
     onStatus: @escaping @Sendable (MigrationProgress.Status) -> Void = { _ in }
   ) {
+    self.credentials = credentials
+    self.onRefusal = onRefusal
     progress = MigrationProgress(onStatus)
     self.machine = machine
     door = Door(listener)
@@ -79,9 +88,19 @@ public final class MigrationDestination: @unchecked Sendable {
   private func accept(_ door: Door) {
     while !state.withLock({ $0.isOver }) {
       guard let socket = try? door.listener.accept() else { return }
-      let link = MigrationLink(socket, patience: 5)
       // Whoever says nothing keeps nobody from being heard for longer than that.
-      guard let greeting = try? MigrationGreeting(link.receive(count: MigrationGreeting.size)) else { continue }
+      let link = MigrationLink(socket, patience: Self.greetingTime)
+      let greeting: MigrationGreeting
+      do throws(MigrationError) {
+        if let credentials { try link.accept(credentials, within: Self.greetingTime) }
+        greeting = try MigrationGreeting(link.receive(count: MigrationGreeting.size))
+      } catch {
+        switch error {
+        case .notAMigration, .wantsTLS, .version, .tls: onRefusal(error)
+        default: break
+        }
+        continue
+      }
       switch greeting.purpose {
       case .move: join(link, greeting)
       case .question: answer(link, greeting)

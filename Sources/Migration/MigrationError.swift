@@ -1,5 +1,6 @@
 import Host
 import StateTree
+import TLS
 
 /// Why a machine did not get to another process.
 public enum MigrationError: Error, Equatable, CustomStringConvertible {
@@ -9,6 +10,10 @@ public enum MigrationError: Error, Equatable, CustomStringConvertible {
   case closed
   /// Nothing moved for so long.
   case stalled(seconds: Int)
+  /// There is no TLS with the other side.
+  case tls(TLSError)
+  /// A source that wants TLS has come to a destination without.
+  case wantsTLS
   /// What has connected, or answers, does not speak this protocol.
   case notAMigration
   /// The other side speaks another version.
@@ -39,6 +44,8 @@ public enum MigrationError: Error, Equatable, CustomStringConvertible {
     case .host(let error): "\(error)"
     case .closed: "the other side has ended the connection"
     case .stalled(let seconds): "nothing could be sent or received for \(seconds) s: is the other side stopped?"
+    case .tls(let error): "\(error)"
+    case .wantsTLS: "the source wants TLS, which this destination has not: use --tls-creds on both sides or on none"
     case .notAMigration: "what is on the other side does not speak swiftvmm's migration protocol"
     case .version(let found, let known):
       "the other side speaks version \(found) of the migration protocol, and this program \(known): use one swiftvmm for both"

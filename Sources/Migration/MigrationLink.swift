@@ -1,5 +1,20 @@
 import Glibc
 import Host
+import TLS
+
+/// How the links of a migration are encrypted and who is on their other side.
+public struct MigrationTLS: Sendable {
+  /// This side's certificates.
+  public var credentials: TLSCredentials
+  /// Of a source: the name that the destination's certificate must have; nil for its host's.
+  public var hostName: String?
+
+  /// What a side uses for all links.
+  public init(_ credentials: TLSCredentials, hostName: String? = nil) {
+    self.credentials = credentials
+    self.hostName = hostName
+  }
+}
 
 /// One connection of a migration, blocking; `shut` ends whatever waits on it, from any thread.
 public final class MigrationLink: @unchecked Sendable {
@@ -10,6 +25,8 @@ public final class MigrationLink: @unchecked Sendable {
   static let postCopyRoom: Int32 = 256 << 10
 
   private let socket: FileDescriptor
+  /// Set before a second thread has the link.
+  private var tls: TLSSession?
 
   /// A link over a connected stream socket.
   public init(_ socket: consuming FileDescriptor, patience: Int = MigrationLink.patience) {
@@ -39,6 +56,7 @@ public final class MigrationLink: @unchecked Sendable {
     for option in [SO_RCVTIMEO, SO_SNDTIMEO] {
       setsockopt(socket.rawValue, SOL_SOCKET, option, &limit, socklen_t(MemoryLayout<timeval>.size))
     }
+    tls?.setPatience(seconds)
   }
 
   /// Waits until little of what was sent is still on its way, or for a tenth of a second: what is sent next is there soon.
@@ -60,8 +78,58 @@ public final class MigrationLink: @unchecked Sendable {
   }
 
   /// Connects.
-  public static func connect(_ endpoint: StreamEndpoint) throws(MigrationError) -> MigrationLink {
-    do { return MigrationLink(try endpoint.connect()) } catch { throw .host(error) }
+  public static func connect(
+    _ endpoint: StreamEndpoint, _ tls: MigrationTLS? = nil
+  ) throws(MigrationError) -> MigrationLink {
+    let link: MigrationLink
+    do { link = MigrationLink(try endpoint.connect()) } catch { throw .host(error) }
+    guard let tls else { return link }
+    var host = tls.hostName
+    if host == nil, case .tcp(let name, _) = endpoint { host = name }
+    try link.startTLS(tls.credentials, hostName: host, within: TLSSession.handshakeTime)
+    link.setPatience(patience)
+    return link
+  }
+
+  /// Takes a source, by TLS alone: one that comes without is told so.
+  func accept(_ credentials: TLSCredentials, within seconds: Int) throws(MigrationError) {
+    var first: UInt8 = 0
+    if recv(socket.rawValue, &first, 1, Int32(MSG_PEEK)) == 1, first == MigrationGreeting.magic[0] {
+      try turnAway("it takes machines by TLS alone: use migrate with --tls-creds")
+      throw .tls(.notTLS)
+    }
+    try startTLS(credentials, hostName: nil, within: seconds)
+    setPatience(seconds)
+  }
+
+  private func startTLS(
+    _ credentials: TLSCredentials, hostName: String?, within seconds: Int
+  ) throws(MigrationError) {
+    do throws(TLSError) {
+      let session = try TLSSession(credentials, over: socket.rawValue, hostName: hostName)
+      try session.handshake(within: seconds)
+      tls = session
+    } catch {
+      throw Self.failure(error)
+    }
+  }
+
+  /// Refuses, and waits a moment for the other side to have read it: what a closed socket has not read would cut it off.
+  private func turnAway(_ reason: String) throws(MigrationError) {
+    try send(.refuse, Array(reason.utf8))
+    shutdown(socket.rawValue, Int32(SHUT_WR))
+    setPatience(1)
+    var rest = [UInt8](repeating: 0, count: 4096)
+    while recv(socket.rawValue, &rest, rest.count, 0) > 0 {}
+  }
+
+  private static func failure(_ error: TLSError) -> MigrationError {
+    switch error {
+    case .closed: .closed
+    case .stalled(let seconds): .stalled(seconds: seconds)
+    case .socket(let error): .host(error)
+    default: .tls(error)
+    }
   }
 
   /// Ends the connection for both directions.
@@ -69,6 +137,9 @@ public final class MigrationLink: @unchecked Sendable {
 
   /// Sends all of the bytes.
   func send(_ start: UnsafeRawPointer, _ count: Int) throws(MigrationError) {
+    if let tls {
+      do throws(TLSError) { return try tls.send(start, count) } catch { throw Self.failure(error) }
+    }
     var done = 0
     while done < count {
       let sent = Glibc.send(socket.rawValue, start + done, count - done, Int32(MSG_NOSIGNAL))
@@ -86,6 +157,9 @@ public final class MigrationLink: @unchecked Sendable {
 
   /// Receives exactly so many bytes.
   func receive(_ start: UnsafeMutableRawPointer, _ count: Int) throws(MigrationError) {
+    if let tls {
+      do throws(TLSError) { return try tls.receive(start, count) } catch { throw Self.failure(error) }
+    }
     var done = 0
     while done < count {
       let got = recv(socket.rawValue, start + done, count - done, 0)

@@ -13,16 +13,18 @@ struct MigrationQuestion {
 
   private let endpoint: StreamEndpoint
   private let session: SIMD2<UInt64>
+  private let tls: MigrationTLS?
 
-  init(_ endpoint: StreamEndpoint, _ session: SIMD2<UInt64>) {
+  init(_ endpoint: StreamEndpoint, _ session: SIMD2<UInt64>, _ tls: MigrationTLS?) {
     self.endpoint = endpoint
     self.session = session
+    self.tls = tls
   }
 
   func ask() -> Answer {
     for _ in 0..<Self.attempts {
       do throws(MigrationError) {
-        let link = try MigrationLink.connect(endpoint)
+        let link = try MigrationLink.connect(endpoint, tls)
         try link.send(MigrationGreeting(.question, session: session).bytes)
         let kind = try link.receiveHeader().kind
         if kind == .taken { return .taken }

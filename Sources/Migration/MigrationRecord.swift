@@ -93,6 +93,8 @@ struct MigrationGreeting: Equatable {
     func number<Value: FixedWidthInteger>(_: Value.Type, _ place: Int) -> Value {
       (0..<MemoryLayout<Value>.size).reversed().reduce(0) { $0 << 8 | Value(truncatingIfNeeded: bytes[place + $1]) }
     }
+    // The records of a TLS handshake.
+    if bytes.starts(with: [22, 3]) { throw .wantsTLS }
     guard bytes.count == Self.size, bytes.starts(with: Self.magic) else { throw .notAMigration }
     let version = number(UInt32.self, 8)
     guard version == MigrationRecord.version else { throw .version(found: version, known: MigrationRecord.version) }

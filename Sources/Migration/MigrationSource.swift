@@ -149,7 +149,7 @@ public final class MigrationSource: Sendable {
   private func connect() throws(MigrationError) -> [MigrationLink] {
     var links: [MigrationLink] = []
     for index in 0..<parameters.links {
-      let link = try MigrationLink.connect(endpoint)
+      let link = try MigrationLink.connect(endpoint, parameters.tls)
       let isCancelled = control.withLock { control in
         control.links.append(link)
         return control.isCancelled
@@ -334,7 +334,7 @@ public final class MigrationSource: Sendable {
   /// is asked for as long as nobody says that it is not there.
   private func settle(_ error: MigrationError, _ ran: Bool, mayGiveUp: Bool) throws(MigrationError) {
     while true {
-      switch MigrationQuestion(endpoint, session).ask() {
+      switch MigrationQuestion(endpoint, session, parameters.tls).ask() {
       case .taken: return
       case .notTaken:
         try machine.comeBack(ran)

@@ -100,7 +100,7 @@ final class PostCopySource: @unchecked Sendable {
     let count = parameters.links + 1
     var links: [MigrationLink] = []
     for index in 0..<count {
-      let link = try MigrationLink.connect(endpoint)
+      let link = try MigrationLink.connect(endpoint, parameters.tls)
       link.setRoom(MigrationLink.postCopyRoom)
       try link.send(MigrationGreeting(.postCopy, link: index, of: count, session: session).bytes)
       links.append(link)

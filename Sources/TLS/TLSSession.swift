@@ -144,6 +144,10 @@ public final class TLSSession: @unchecked Sendable {
         try waitUntilDeadline(POLLIN)
       }
     } catch {
+      if error == .closed {
+        let reason = lastWord()
+        throw reason == .closed ? .closedInHandshake : reason
+      }
       // The other side is to know why.
       _ = try? flush()
       throw error
