@@ -1,6 +1,7 @@
 import BlockLayer
 import JSON
 import Monitor
+import TLS
 
 /// QMP's commands on the disks of a machine (QEMU's block-core.json, block.json and qdev.json).
 enum DiskCommands {
@@ -24,6 +25,7 @@ enum DiskCommands {
           .optional("discard", .string), .optional("detect-zeroes", .string), .optional("cache", cache),
           .optional("aio", .string), .optional("locking", .string), .optional("filename", .string),
           .optional("file", .any), .optional("backing", .any), .optional("server", .any), .optional("export", .string),
+          .optional("tls-creds", .string), .optional("tls-hostname", .string),
         ]
       ) { _, arguments throws(MonitorError) in
         let isFile = arguments.text("driver") == "file"
@@ -77,7 +79,7 @@ enum DiskCommands {
     let driver = arguments.text("driver")
     var options: BlockGraph.Options
     if driver == "file" || driver == "nbd" {
-      options = BlockGraph.Options(path: try path(driver, arguments), access: FileAccess(writable: true))
+      options = BlockGraph.Options(path: try path(driver, arguments, control), access: FileAccess(writable: true))
       if driver == "nbd" { options.format = .raw }
     } else {
       switch arguments["file"] {
@@ -85,7 +87,7 @@ enum DiskCommands {
       case .object(let file):
         let driver = file["driver"]?.stringValue ?? "file"
         guard driver == "file" || driver == "nbd" else { throw .parameterValue("file.driver", value: driver) }
-        options = BlockGraph.Options(path: try path(driver, file, "file."), access: FileAccess(writable: true))
+        options = BlockGraph.Options(path: try path(driver, file, control, "file."), access: FileAccess(writable: true))
         apply(file, to: &options)
       default: throw .parameterMissing("file")
       }
@@ -104,7 +106,7 @@ enum DiskCommands {
 
   /// The file that a protocol's driver means: a path, or an export's URI.
   private static func path(
-    _ driver: String, _ arguments: JSONObject, _ prefix: String = ""
+    _ driver: String, _ arguments: JSONObject, _ control: DiskControl, _ prefix: String = ""
   ) throws(MonitorError) -> String {
     guard driver == "nbd" else {
       if let path = arguments["filename"]?.stringValue { return path }
@@ -112,7 +114,14 @@ enum DiskCommands {
     }
     guard let server = arguments["server"]?.objectValue else { throw .parameterMissing("\(prefix)server") }
     let endpoint = try ExportCommands.endpoint(server, type: server.text("type"), "\(prefix)server.")
-    return "\(NBDURI(endpoint, export: arguments.text("export")))"
+    var tls: NBDURI.TLS?
+    if let id = arguments["tls-creds"]?.stringValue {
+      let credentials = try control.objects.credentials(id, .client)
+      tls = NBDURI.TLS(
+        certificates: credentials.directory, hostName: arguments["tls-hostname"]?.stringValue,
+        verifiesPeer: credentials.verifiesPeer)
+    }
+    return "\(NBDURI(endpoint, export: arguments.text("export"), tls: tls))"
   }
 
   private static func apply(_ arguments: JSONObject, to options: inout BlockGraph.Options) {

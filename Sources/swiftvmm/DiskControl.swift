@@ -9,6 +9,7 @@ import Virtio
 final class DiskControl: @unchecked Sendable {
   let machine: Machine
   let disks: RunDisks
+  let objects: TLSObjects
   /// What NBD clients are offered.
   private(set) lazy var exports = DiskExports(self)
   /// What backups read: a server of their own.
@@ -22,9 +23,10 @@ final class DiskControl: @unchecked Sendable {
   /// Files that `blockdev-add` has named and no format stands on; the disks' thread's.
   private var files: [String: BlockGraph.Options] = [:]
 
-  init(_ machine: Machine, _ disks: RunDisks) {
+  init(_ machine: Machine, _ disks: RunDisks, _ objects: TLSObjects) {
     self.machine = machine
     self.disks = disks
+    self.objects = objects
     disks.thread.perform { [self] in
       graph.onJob = { [weak self] job, event in self?.tell(job, event) }
     }

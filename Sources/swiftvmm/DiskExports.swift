@@ -2,6 +2,7 @@ import BlockLayer
 import Host
 import Monitor
 import NBD
+import TLS
 
 /// The NBD server of a running machine, and what it offers: disks as the guest has them, and layers.
 final class DiskExports: @unchecked Sendable {
@@ -35,11 +36,17 @@ final class DiskExports: @unchecked Sendable {
   var isRunning: Bool { control.disks.thread.perform { [self] in server != nil } }
 
   /// Listens.
-  func start(_ endpoint: StreamEndpoint, clientLimit: Int) throws(MonitorError) {
+  func start(
+    _ endpoint: StreamEndpoint, clientLimit: Int, _ credentials: TLSCredentials? = nil
+  ) throws(MonitorError) {
     try run { [self] _ throws(ExportError) in
       guard server == nil else { throw .running }
       do {
-        let server = try NBDServer(StreamListener(endpoint), on: control.disks.thread, clientLimit: clientLimit)
+        let server = try NBDServer(
+          StreamListener(endpoint), on: control.disks.thread, clientLimit: clientLimit, credentials: credentials
+        ) { event in
+          if case .refused(let error) = event { printError("swiftvmm: an NBD client was turned away: \(error)") }
+        }
         try server.start()
         self.server = server
       } catch {
@@ -80,8 +87,8 @@ final class DiskExports: @unchecked Sendable {
   }
 
   /// Offers every disk that a machine on its way here writes to, to be filled, until that machine comes.
-  func startFilling(_ endpoint: StreamEndpoint) throws(MonitorError) {
-    try start(endpoint, clientLimit: 0)
+  func startFilling(_ endpoint: StreamEndpoint, _ credentials: TLSCredentials?) throws(MonitorError) {
+    try start(endpoint, clientLimit: 0, credentials)
     isForFilling = true
     let names = try run { graph in graph.disks.values.filter { !$0.isReadOnly }.map(\.name) }
     for name in names {

@@ -60,7 +60,8 @@ struct DiskOption: ExpressibleByArgument {
     case on, off
   }
 
-  private static func split(_ text: String) -> [String] {
+  /// The parts between commas; one that is doubled stands for itself.
+  static func split(_ text: String) -> [String] {
     var parts = [""]
     var rest = Substring(text)
     while let first = rest.popFirst() {

@@ -1,6 +1,7 @@
 import Host
 import JSON
 import Monitor
+import TLS
 
 /// QMP's commands on the NBD server of a machine (QEMU's block-export.json).
 enum ExportCommands {
@@ -18,14 +19,18 @@ enum ExportCommands {
     ])
 
   /// The catalogue: a command is one entry.
-  static func all(_ exports: DiskExports) -> [QMPCommand] {
+  static func all(_ exports: DiskExports, _ objects: TLSObjects) -> [QMPCommand] {
     [
       QMPCommand(
-        "nbd-server-start", [.required("addr", address), .optional("max-connections", .integer)]
+        "nbd-server-start",
+        [.required("addr", address), .optional("max-connections", .integer), .optional("tls-creds", .string)]
       ) { _, arguments throws(MonitorError) in
         let limit = arguments["max-connections"]?.integerValue ?? 0
         guard (0...65535).contains(limit) else { throw .parameterValue("max-connections", value: "\(limit)") }
-        try exports.start(endpoint(arguments["addr"]?.objectValue ?? [:]), clientLimit: Int(limit))
+        let credentials = try arguments["tls-creds"]?.stringValue.map { id throws(MonitorError) in
+          try objects.credentials(id, .server)
+        }
+        try exports.start(endpoint(arguments["addr"]?.objectValue ?? [:]), clientLimit: Int(limit), credentials)
         return [:]
       },
       QMPCommand(

@@ -9,6 +9,7 @@ import Machine
 import Migration
 import NBD
 import SavedMachine
+import TLS
 
 /// Exit statuses that other programs rely on; the ones a guest chooses are in `Outcome.status`.
 enum ExitStatus: Int32 {
@@ -43,6 +44,7 @@ enum Failure: Error {
   case accelerator(AcceleratorError)
   case disk(BlockError)
   case nbd(NBDError)
+  case tls(TLSError)
   case diskNeedsSize(path: String)
   case diskNeedsBackingFormat(name: String)
   case diskShrinks(path: String, from: UInt64, to: UInt64)
@@ -81,7 +83,7 @@ enum Failure: Error {
 
   var status: ExitStatus {
     switch self {
-    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey: .badInput
+    case .unknownGuest, .guestsNotBuilt, .linuxNotFetched, .input, .hardening, .notAKey, .tls: .badInput
     case .badSize, .badValue, .needsSoftEngine, .conflict: .usage
     case .diskIsRemote: .usage
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
@@ -163,6 +165,7 @@ enum Failure: Error {
     case .accelerator(let error): "\(error)"
     case .disk(let error): "\(error)"
     case .nbd(let error): "\(error)"
+    case .tls(let error): "\(error)"
     case .backup(let fault): fault.text
     case .diskNeedsSize(let path): "the size of \(path) is missing: give one such as 10G, or a backing file with -b"
     case .diskNeedsBackingFormat(let name):

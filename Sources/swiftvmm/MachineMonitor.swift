@@ -29,8 +29,9 @@ final class MachineMonitor: MonitorTarget {
     do {
       let listener = try StreamListener(StreamEndpoint(text))
       let commands =
-        QMPCommand.standard + SaveCommands.all(saver) + MigrationCommands.all(migrations)
-        + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports) + BackupCommands.all($0) } ?? [])
+        QMPCommand.standard + SaveCommands.all(saver) + MigrationCommands.all(migrations) + migrations.objects.commands
+        + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports, $0.objects) + BackupCommands.all($0) }
+          ?? [])
         + agent
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {

@@ -131,6 +131,13 @@ struct RunCommand: ParsableCommand {
       "With --incoming: where 'swiftvmm migrate --copy-disks' brings the disks' contents: unix:PATH or tcp:HOST:PORT.")
   var incomingDisks: String?
 
+  @Option(
+    name: .customLong("tls-creds"),
+    help: ArgumentHelp(
+      "With --incoming: take machine and disks by TLS alone: DIR[,verify-peer=on|off], a folder with ca-cert.pem, server-cert.pem and server-key.pem.",
+      valueName: "dir"))
+  var tlsCreds: TLSOption?
+
   @Flag(help: "With --restore: compare all of the saved memory with its checksums first.")
   var verify = false
 
@@ -155,6 +162,7 @@ struct RunCommand: ParsableCommand {
     }
     if incoming != nil, restore != nil { throw ValidationError("--incoming and --restore exclude each other") }
     if incomingDisks != nil, incoming == nil { throw ValidationError("--incoming-disks needs --incoming URI") }
+    if tlsCreds != nil, incoming == nil { throw ValidationError("--tls-creds needs --incoming URI") }
     if agent, control == nil { throw ValidationError("--agent needs --control SOCKET") }
     if recoveryAudit != nil, !agent { throw ValidationError("--recovery-audit needs --agent") }
     if keep != nil, snapshotEvery == nil { throw ValidationError("--keep needs --snapshot-every INTERVAL") }

@@ -14,6 +14,7 @@ import SavedMachine
 import SoftAccelerator
 import StateTree
 import Synchronization
+import TLS
 
 /// One `swiftvmm run`: builds the machine, connects its faces, waits for its end and reports.
 struct RunSession {
@@ -104,10 +105,14 @@ struct RunSession {
   }
 
   /// `--incoming-disks`.
-  private static func awaitDisks(_ control: DiskControl?, at text: String) throws(Failure) {
+  private static func awaitDisks(
+    _ control: DiskControl?, at text: String, _ credentials: TLSCredentials?
+  ) throws(Failure) {
     let endpoint: StreamEndpoint
     do throws(HostError) { endpoint = try StreamEndpoint(text) } catch { throw .host(error) }
-    do throws(MonitorError) { try control?.exports.startFilling(endpoint) } catch { throw .control("\(error)") }
+    do throws(MonitorError) { try control?.exports.startFilling(endpoint, credentials) } catch {
+      throw .control("\(error)")
+    }
   }
 
   /// The first option that only the software engine has.
@@ -122,7 +127,8 @@ struct RunSession {
     let started = monotonicNanoseconds()
     let signals = try Signals(machine)
     defer { withExtendedLifetime(signals) {} }
-    let control = disks.map { DiskControl(machine, $0) }
+    let objects = TLSObjects()
+    let control = disks.map { DiskControl(machine, $0, objects) }
     let agent = ports.map { AgentControl($0) }
     var agentCommands = agent.map { AgentCommands.all($0) } ?? []
     let keeper = try control.map { control throws(Failure) in try SnapshotKeeper(control) }
@@ -138,12 +144,13 @@ struct RunSession {
       machine, engine: accelerator.name, disks: control, hasAgent: ports != nil, hardening: hardening?.supervisor.policy
     )
     let moving = MovingMachine(saver, agent: agent)
-    let migrations = MigrationControl(moving)
+    let migrations = MigrationControl(moving, objects)
+    let credentials = try options.tlsCreds?.credentials(.server)
     let incoming = try options.incoming.map { text throws(Failure) in
-      try IncomingMachine(moving, at: text, migrations)
+      try IncomingMachine(moving, at: text, credentials, migrations)
     }
     if incoming != nil { machine.awaitState() }
-    if let text = options.incomingDisks { try Self.awaitDisks(control, at: text) }
+    if let text = options.incomingDisks { try Self.awaitDisks(control, at: text, credentials) }
     // Nobody may ask anything of a machine that is not there yet.
     if let saved {
       do { try machine.start(paused: true, from: saved, isCopy: true) } catch { throw .machine(error) }

@@ -38,6 +38,8 @@ struct MigrateBenchmark {
     let command: (_ socket: String, _ append: String, _ incoming: String?) -> [String]
     /// What the source is told before it begins.
     let parameters: JSONObject
+    /// Of a source: where its certificates are, which `parameters` name.
+    var certificates: String?
     let downtime: (JSONObject) -> Double?
     let total: (JSONObject) -> Double?
   }
@@ -65,6 +67,14 @@ struct MigrateBenchmark {
         add("\(load.name), post-copy", [ours, theirs], &table)
         table.add("\(load.name), post-copy: longest wait for a page ms", [Samples(ours.stalls), nil])
       }
+      let certificates = try TemporaryDirectory()
+      if let reason = BenchCertificates.make(in: certificates.path) {
+        table.notes.append(reason)
+      } else {
+        for load in [Self.loads[0], Self.loads[2]] {
+          add("\(load.name), by TLS", [try moves(Self.ours(guest, "classed", certificates.path), load), nil], &table)
+        }
+      }
       for order in ["classed", "linear"] {
         add("\(Self.mixed.name), \(order) order", [try moves(Self.ours(guest, order), Self.mixed), nil], &table)
       }
@@ -88,14 +98,18 @@ struct MigrateBenchmark {
 
   // MARK: Both sides
 
-  private static func ours(_ guest: String, _ order: String) -> Side {
-    Side(
+  private static func ours(_ guest: String, _ order: String, _ certificates: String? = nil) -> Side {
+    var parameters: JSONObject = [
+      "x-swiftvmm-order": .string(order), "multifd-channels": 1, "downtime-limit": 300,
+    ]
+    if certificates != nil { (parameters["tls-creds"], parameters["tls-hostname"]) = ("t0", "localhost") }
+    return Side(
       command: { socket, append, incoming in
         [
           "/proc/self/exe", "run", guest, "--engine", hasKVM ? "kvm" : "soft", "--memory", "1G", "--control",
           "unix:\(socket)", "--append", append,
-        ] + (incoming.map { ["--incoming", $0] } ?? [])
-      }, parameters: ["x-swiftvmm-order": .string(order), "multifd-channels": 1, "downtime-limit": 300],
+        ] + (incoming.map { ["--incoming", $0] + (certificates.map { ["--tls-creds", $0] } ?? []) } ?? [])
+      }, parameters: parameters, certificates: certificates,
       downtime: { microseconds($0, "downtime-us") }, total: { microseconds($0, "total-us") })
   }
 
@@ -133,6 +147,9 @@ struct MigrateBenchmark {
         usleep(10_000)
       }
       var client = try QMPClient.connect(to: .unix(path: here))
+      if let folder = side.certificates {
+        _ = try client.execute("object-add", ["qom-type": "tls-creds-x509", "id": "t0", "dir": .string(folder)])
+      }
       _ = try client.execute("migrate-set-parameters", side.parameters)
       let capabilities: JSONObject = ["capabilities": [["capability": "postcopy-ram", "state": .bool(isPostCopy)]]]
       _ = try client.execute("migrate-set-capabilities", capabilities)

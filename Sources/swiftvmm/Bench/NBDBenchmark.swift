@@ -22,6 +22,11 @@ struct NBDBenchmark {
     }
     try add(&table, "raw", "raw", folder.path + "/raw", folder.path)
     try add(&table, "qcow2", "qcow2", folder.path + "/qcow2", folder.path)
+    if let reason = BenchCertificates.make(in: folder.path) {
+      table.notes.append(reason)
+    } else {
+      try add(&table, "raw, by TLS", "raw", folder.path + "/raw", folder.path, certificates: folder.path)
+    }
     try add(&table, "raw, 4 GiB with 1 GiB of data", "raw", folder.path + "/sparse", folder.path)
     return table
   }
@@ -49,16 +54,21 @@ struct NBDBenchmark {
   }
 
   private func add(
-    _ table: inout BenchTable, _ name: String, _ format: String, _ image: String, _ folder: String
+    _ table: inout BenchTable, _ name: String, _ format: String, _ image: String, _ folder: String,
+    certificates: String? = nil
   ) throws(Failure) {
     let socket = folder + "/socket"
     let options = ["-r", "-t", "-e", "8", "-f", format, "-k", socket, image]
-    let client = BenchProcess(
-      name: "nbdcopy", command: ["timeout", "60", "nbdcopy", "nbd+unix:///?socket=\(socket)", "null:"])
+    let tls = certificates.map { NBDURI.TLS(certificates: $0, hostName: "localhost") }
+    let uri = "\(NBDURI(.unix(path: socket), export: "", tls: tls))"
+    let client = BenchProcess(name: "nbdcopy", command: ["timeout", "60", "nbdcopy", uri, "null:"])
+    let ours = certificates.map { ["--tls-creds", $0] } ?? []
+    let theirs =
+      certificates.map { ["--object", "tls-creds-x509,id=t0,endpoint=server,dir=\($0)", "--tls-creds", "t0"] } ?? []
     var figures: [[Double]] = [[], []]
     var note = ""
     for _ in 0..<min(runs, 9) {
-      for (index, program) in [["/proc/self/exe", "disk", "serve"], ["qemu-nbd"]].enumerated()
+      for (index, program) in [["/proc/self/exe", "disk", "serve"] + ours, ["qemu-nbd"] + theirs].enumerated()
       where note.isEmpty || index == 0 {
         let server: ServerProcess
         do {

@@ -4,6 +4,7 @@ import CLinux
 import Glibc
 import Host
 import NBD
+import TLS
 
 /// `swiftvmm disk serve`: a disk for NBD clients.
 struct DiskServeCommand: ParsableCommand {
@@ -48,6 +49,13 @@ struct DiskServeCommand: ParsableCommand {
   @Flag(name: [.customShort("t"), .long], help: "Go on when the last client has left.")
   var persistent = false
 
+  @Option(
+    name: .customLong("tls-creds"),
+    help: ArgumentHelp(
+      "Serve by TLS alone: DIR[,verify-peer=on|off], a folder with ca-cert.pem, server-cert.pem and server-key.pem.",
+      valueName: "dir"))
+  var tlsCreds: TLSOption?
+
   @Option(help: "How the host's page cache is used: writeback, none, unsafe.")
   var cache = DiskOption.Cache.writeback
 
@@ -78,6 +86,7 @@ struct DiskServeCommand: ParsableCommand {
 
   private func serve() throws {
     let endpoint = try endpoint()
+    let credentials = try tlsCreds?.credentials(.server)
     let isReadOnly = readOnly || loadSnapshot != nil
     let thread = try IOThread()
     let access = FileAccess(
@@ -92,8 +101,14 @@ struct DiskServeCommand: ParsableCommand {
         owning: try check("signalfd", clinux_signal_descriptor([SIGINT, SIGTERM, SIGHUP], 3)))
       try thread.loop.add(signals.rawValue, .readable) { _ in over.withLock { $0 = true } }
       let endsAlone = !persistent
-      let server = try NBDServer(StreamListener(endpoint), on: thread, clientLimit: shared) { event in
-        if case .disconnected(0) = event, endsAlone { over.withLock { $0 = true } }
+      let server = try NBDServer(
+        StreamListener(endpoint), on: thread, clientLimit: shared, credentials: credentials
+      ) { event in
+        switch event {
+        case .disconnected(0): if endsAlone { over.withLock { $0 = true } }
+        case .refused(let error): printError("swiftvmm: a client was turned away: \(error)")
+        default: break
+        }
       }
       try server.add(
         NBDExport(
@@ -101,7 +116,7 @@ struct DiskServeCommand: ParsableCommand {
           allowsSeveralConnections: shared != 1, bitmaps: try bitmaps(chain)))
       try server.start()
       try thread.start()
-      print(NBDURI(server.endpoint, export: exportName))
+      print(NBDURI(server.endpoint, export: exportName, tls: credentials == nil ? nil : NBDURI.TLS()))
       fflush(nil)
       _ = over.wait { $0 ? true : nil }
       thread.loop.remove(signals.rawValue)

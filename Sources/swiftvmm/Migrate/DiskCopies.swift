@@ -11,18 +11,21 @@ struct DiskCopies {
   private static func id(_ disk: String) -> String { "copy-\(disk)" }
 
   /// Begins to copy every disk that the machine writes to, to the destination's exports of the same names.
-  static func begin(to endpoint: StreamEndpoint, _ client: inout QMPClient) throws(MonitorError) -> DiskCopies {
+  /// `tls` says how, as arguments of `blockdev-add`.
+  static func begin(
+    to endpoint: StreamEndpoint, _ tls: JSONObject, _ client: inout QMPClient
+  ) throws(MonitorError) -> DiskCopies {
     var copies = DiskCopies(names: [])
     let disks = try client.execute("query-block").arrayValue ?? []
     for disk in disks where disk["inserted"]?["ro"]?.boolValue == false {
       guard let name = disk["device"]?.stringValue else { continue }
       copies = DiskCopies(names: copies.names + [name])
       do throws(MonitorError) {
-        _ = try client.execute(
-          "blockdev-add",
-          [
-            "driver": "nbd", "node-name": .string(id(name)), "export": .string(name), "server": server(endpoint),
-          ])
+        var target: JSONObject = [
+          "driver": "nbd", "node-name": .string(id(name)), "export": .string(name), "server": server(endpoint),
+        ]
+        for key in tls.keys { target[key] = tls[key] }
+        _ = try client.execute("blockdev-add", target)
         _ = try client.execute(
           "blockdev-mirror",
           [

@@ -3,17 +3,20 @@ import Host
 import Machine
 import Migration
 import Monitor
+import TLS
 
 /// `run --incoming`: waits for a machine, which then runs here.
 final class IncomingMachine: Sendable {
   private let destination: MigrationDestination
 
-  /// Listens.
-  init(_ machine: MovingMachine, at text: String, _ control: MigrationControl) throws(Failure) {
+  /// Listens; with `credentials` for sources with TLS alone.
+  init(
+    _ machine: MovingMachine, at text: String, _ credentials: TLSCredentials?, _ control: MigrationControl
+  ) throws(Failure) {
     do throws(HostError) {
-      destination = MigrationDestination(machine, on: try StreamListener(StreamEndpoint(text))) {
-        control.tell($0)
-      }
+      destination = MigrationDestination(
+        machine, on: try StreamListener(StreamEndpoint(text)), credentials: credentials,
+        onRefusal: { printError("swiftvmm: a source was turned away: \($0)") }, onStatus: { control.tell($0) })
     } catch {
       throw .host(error)
     }

@@ -5,6 +5,7 @@ import Host
 import JSON
 import Monitor
 import PageClasses
+import TLS
 
 /// `swiftvmm migrate`: a running machine into another process.
 struct MigrateCommand: ParsableCommand {
@@ -29,6 +30,18 @@ struct MigrateCommand: ParsableCommand {
     name: .customLong("copy-disks"),
     help: "Copy the disks first, to where 'run --incoming-disks' waits for them: unix:PATH or tcp:HOST:PORT.")
   var copyDisks: String?
+
+  @Option(
+    name: .customLong("tls-creds"),
+    help: ArgumentHelp(
+      "Move machine and disks by TLS: DIR[,verify-peer=on|off], a folder with ca-cert.pem and mostly client-cert.pem and client-key.pem.",
+      valueName: "dir"))
+  var tlsCreds: TLSOption?
+
+  @Option(
+    name: .customLong("tls-hostname"),
+    help: "The name that the destination's certificate has, where it is not the host of the URI.")
+  var tlsHostName: String?
 
   @Option(help: ArgumentHelp("In which order pages go: \(PageOrders.names.joined(separator: ", "))."))
   var order: String?
@@ -74,12 +87,15 @@ struct MigrateCommand: ParsableCommand {
     } catch {
       throw ValidationError("--copy-disks: \(error)")
     }
+    if tlsHostName != nil, tlsCreds == nil { throw ValidationError("--tls-hostname needs --tls-creds DIR") }
     if let compress, !(0...20).contains(compress) { throw ValidationError("--compress \(compress): expected 0 to 20") }
   }
 
   func run() throws {
     let arguments = try parameters()
     let result = try control.withClient { client in
+      try beginTLS(&client)
+      defer { endTLS(&client) }
       if arguments.count > 0 { _ = try client.execute("migrate-set-parameters", arguments) }
       _ = try client.execute(
         "migrate-set-capabilities",
@@ -102,13 +118,36 @@ struct MigrateCommand: ParsableCommand {
     print(json ? result.serialized(pretty: true) : Self.summary(result))
   }
 
+  /// The id of the credentials at the machine's process, for this migration.
+  private static let credentials = "x-swiftvmm-migrate"
+
+  private func beginTLS(_ client: inout QMPClient) throws {
+    guard let tlsCreds else { return }
+    // One that was killed may have left them.
+    _ = try? client.execute("object-del", ["id": .string(Self.credentials)])
+    _ = try client.execute("object-add", tlsCreds.object(Self.credentials, .client))
+    _ = try client.execute(
+      "migrate-set-parameters",
+      ["tls-creds": .string(Self.credentials), "tls-hostname": .string(tlsHostName ?? "")])
+  }
+
+  private func endTLS(_ client: inout QMPClient) {
+    guard tlsCreds != nil else { return }
+    // The process may have ended.
+    _ = try? client.execute("migrate-set-parameters", ["tls-creds": "", "tls-hostname": ""])
+    _ = try? client.execute("object-del", ["id": .string(Self.credentials)])
+  }
+
   private func move(_ client: inout QMPClient) throws -> JSONValue {
     _ = try client.execute("migrate", ["uri": .string(uri)])
     return try Self.follow(&client, startsPostCopy: postCopy)
   }
 
   private func move(copyingTo endpoint: StreamEndpoint, _ client: inout QMPClient) throws -> JSONValue {
-    let copies = try DiskCopies.begin(to: endpoint, &client)
+    var tls: JSONObject = [:]
+    if tlsCreds != nil { tls["tls-creds"] = .string(Self.credentials) }
+    if let tlsHostName { tls["tls-hostname"] = .string(tlsHostName) }
+    let copies = try DiskCopies.begin(to: endpoint, tls, &client)
     do {
       try copies.waitUntilReady(&client)
       let result = try move(&client)

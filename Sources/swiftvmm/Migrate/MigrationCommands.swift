@@ -47,10 +47,12 @@ enum MigrationCommands {
         var parameters = control.parameters
         try MigrationSettings.set(arguments, in: &parameters)
         control.parameters = parameters
+        if let id = arguments["tls-creds"]?.stringValue { control.tls.id = id }
+        if let name = arguments["tls-hostname"]?.stringValue { control.tls.hostName = name }
         return [:]
       },
       QMPCommand("query-migrate-parameters", returns: .any) { _, _ in
-        MigrationSettings.json(control.parameters)
+        MigrationSettings.json(control.parameters, control.tls)
       },
       QMPCommand("migrate-set-capabilities", [.required("capabilities", .array(.any))]) {
         _, arguments throws(MonitorError) in
@@ -92,7 +94,7 @@ private enum MigrationSettings {
     .optional("multifd-compression", .enumeration("MultiFDCompression", values: ["none", "zstd"])),
     .optional("xbzrle-cache-size", .integer), .optional("max-postcopy-bandwidth", .integer),
     .optional("x-swiftvmm-order", .string),
-    .optional("x-swiftvmm-trace", .string),
+    .optional("x-swiftvmm-trace", .string), .optional("tls-creds", .string), .optional("tls-hostname", .string),
   ]
 
   static func set(_ arguments: JSONObject, in parameters: inout MigrationParameters) throws(MonitorError) {
@@ -121,14 +123,15 @@ private enum MigrationSettings {
     if let path = arguments["x-swiftvmm-trace"]?.stringValue { parameters.trace = path.isEmpty ? nil : path }
   }
 
-  static func json(_ parameters: MigrationParameters) -> JSONValue {
+  static func json(_ parameters: MigrationParameters, _ tls: MigrationControl.TLSChoice) -> JSONValue {
     [
       "max-bandwidth": JSONValue(parameters.bandwidth),
       "downtime-limit": JSONValue(parameters.downtimeLimit / 1_000_000),
       "multifd-channels": JSONValue(parameters.links), "multifd-zstd-level": JSONValue(max(1, parameters.compression)),
       "multifd-compression": parameters.compression > 0 ? "zstd" : "none",
       "xbzrle-cache-size": JSONValue(parameters.copies), "x-swiftvmm-order": .string(parameters.order),
-      "x-swiftvmm-trace": .string(parameters.trace ?? ""),
+      "x-swiftvmm-trace": .string(parameters.trace ?? ""), "tls-creds": .string(tls.id),
+      "tls-hostname": .string(tls.hostName),
     ]
   }
 }

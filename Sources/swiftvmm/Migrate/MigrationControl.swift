@@ -5,22 +5,36 @@ import Migration
 import Monitor
 import PageClasses
 import Synchronization
+import TLS
 
 /// The migrations of a machine as the control socket has them: at most one at a time.
 final class MigrationControl: Sendable {
   private let machine: MovingMachine
+  let objects: TLSObjects
   private let state = Mutex(State())
   private let emit = Mutex<@Sendable (QMPEvent) -> Void>({ _ in })
 
   private struct State {
     var parameters = MigrationParameters()
+    var tls = TLSChoice()
     var source: MigrationSource?
     /// Where the machine came from another process.
     var incoming: MigrationDestination?
     var isUnknown = false
   }
 
-  init(_ machine: MovingMachine) { self.machine = machine }
+  /// Which credentials a migration takes, as `migrate-set-parameters` has it.
+  struct TLSChoice {
+    /// An id of `objects`; empty for no TLS.
+    var id = ""
+    /// Empty for the destination's host.
+    var hostName = ""
+  }
+
+  init(_ machine: MovingMachine, _ objects: TLSObjects) {
+    self.machine = machine
+    self.objects = objects
+  }
 
   /// Where events go.
   func connect(_ emit: @escaping @Sendable (QMPEvent) -> Void) { self.emit.withLock { $0 = emit } }
@@ -35,6 +49,11 @@ final class MigrationControl: Sendable {
     set { state.withLock { $0.parameters = newValue } }
   }
 
+  var tls: TLSChoice {
+    get { state.withLock { $0.tls } }
+    set { state.withLock { $0.tls = newValue } }
+  }
+
   /// Begins to move the machine; what becomes of it is told by `progress` and by events.
   func start(to text: String) throws(MonitorError) {
     let endpoint = try Self.endpoint(text)
@@ -42,7 +61,12 @@ final class MigrationControl: Sendable {
       if let source = state.source, Self.busy.contains(source.progress.now.status) {
         throw .refused("There's a migration process in progress")
       }
-      let source = MigrationSource(machine, to: endpoint, state.parameters) { [weak self] in self?.tell($0) }
+      var parameters = state.parameters
+      if !state.tls.id.isEmpty {
+        let credentials = try objects.credentials(state.tls.id, .client)
+        parameters.tls = MigrationTLS(credentials, hostName: state.tls.hostName.isEmpty ? nil : state.tls.hostName)
+      }
+      let source = MigrationSource(machine, to: endpoint, parameters) { [weak self] in self?.tell($0) }
       state.source = source
       return source
     }
