@@ -35,6 +35,7 @@ logged() {
 }
 
 build_release() {
-  logged build-release swift build -c release --static-swift-stdlib --product swiftvmm \
+  # No library is to be looked for beside the executable, in a dozen folders that are not there.
+  logged build-release swift build -c release --static-swift-stdlib --disable-local-rpath --product swiftvmm \
     --explicit-target-dependency-import-check error
 }

@@ -5,25 +5,24 @@ import Host
 enum BenchCertificates {
   /// Says why there are none.
   static func make(in folder: String) -> String? {
-    let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    for (name, options) in [
-      ("ca", ["-addext", "keyUsage=keyCertSign"]), ("server", ["-addext", "subjectAltName=DNS:localhost"]),
-      ("client", []),
-    ] {
-      let authority = ["-CA", folder + "/ca-cert.pem", "-CAkey", folder + "/ca-key.pem"]
-      let files = [
-        "-subj", "/CN=\(name)", "-keyout", "\(folder)/\(name)-key.pem", "-out", "\(folder)/\(name)-cert.pem",
-      ]
-      let status: Int32
-      do throws(HostError) {
-        status = try ChildProcess.run(
-          ["openssl", "req", "-x509"] + key + files + options + (name == "ca" ? [] : authority)
-        ).status
-      } catch {
-        return "TLS left out: \(error)"
+    let roles = [
+      ("ca", "basicConstraints=critical,CA:TRUE"), ("server", "subjectAltName=DNS:localhost"),
+      ("client", "extendedKeyUsage=clientAuth"),
+    ]
+    do {
+      // The host's own configuration would make all of them CAs.
+      let configuration = try TemporaryFile(Array("[req]\ndistinguished_name=dn\n[dn]\n".utf8))
+      for (name, extensions) in roles {
+        var command = ["openssl", "req", "-x509", "-config", configuration.path, "-subj", "/CN=\(name)", "-days", "2"]
+        command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-addext", extensions]
+        command += ["-keyout", "\(folder)/\(name)-key.pem", "-out", "\(folder)/\(name)-cert.pem"]
+        if name != "ca" { command += ["-CA", folder + "/ca-cert.pem", "-CAkey", folder + "/ca-key.pem"] }
+        let status = try ChildProcess.run(command).status
+        if status != 0 { return "TLS left out: openssl ended with \(status)" }
       }
-      if status != 0 { return "TLS left out: openssl ended with \(status)" }
+      return nil
+    } catch {
+      return "TLS left out: \(error)"
     }
-    return nil
   }
 }
