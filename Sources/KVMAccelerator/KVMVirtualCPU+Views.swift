@@ -97,7 +97,8 @@ extension KVMVirtualCPU {
     if debug.control != 0 {
       try kvmCall("KVM_SET_GUEST_DEBUG", descriptor, CLINUX_KVM_SET_GUEST_DEBUG, with: &debug)
     }
-    let systemChanged = !same(then?.system, registers.sregs)
+    let isFlushed = try flushTranslations(registers.sregs)
+    let systemChanged = isFlushed || !same(then?.system, registers.sregs)
     if machine.accelerator.hasSyncedRegisters {
       next.registers.pointee = registers
       var dirty = CLINUX_KVM_SYNC_X86_REGS | CLINUX_KVM_SYNC_X86_EVENTS
@@ -110,6 +111,18 @@ extension KVMVirtualCPU {
       try kvmCall("KVM_SET_VCPU_EVENTS", descriptor, CLINUX_KVM_SET_VCPU_EVENTS, with: &registers.events)
     }
     if !wasSynced { forbidInjection() }
+  }
+
+  /// Makes the face forget the translations that it had when it was left: what the guest has invalidated since, it has in
+  /// another face. Of KVM's calls a change of CR3 does that; the caller writes the right one. Where KVM emulates ring 0, it
+  /// keeps none for it.
+  private func flushTranslations(_ system: kvm_sregs) throws(AcceleratorError) -> Bool {
+    guard machine.accelerator.capabilities.contains(.nativeRing0), system.cr0 & 1 << 31 != 0 else { return false }
+    var system = system
+    // PWT, which is valid in every mode.
+    system.cr3 ^= 1 << 3
+    try kvmCall("KVM_SET_SREGS", descriptor, CLINUX_KVM_SET_SREGS, with: &system)
+    return true
   }
 
   /// Reads everything that moves besides registers and events, into what the face is left with.

@@ -43,6 +43,7 @@ public final class MemoryView: Sendable {
   public let number: UInt32
   private let standard: Atomic<UInt8>
   private let root: Node
+  nonisolated(unsafe) private let rootWords: UnsafeMutablePointer<Atomic<UInt64>>
   /// Who may change a table in place: those that carry this. A copy takes it from view and copy alike, since they share
   /// their tables from then on; roots are never shared.
   private let owner = Mutex(Owner())
@@ -58,6 +59,7 @@ public final class MemoryView: Sendable {
     self.number = number
     standard = Atomic(defaultRights.rawValue)
     root = Node(owner: nil)
+    rootWords = root.words
   }
 
   /// A view that says what `base` says now; either may then change without the other.
@@ -68,30 +70,29 @@ public final class MemoryView: Sendable {
       owner = Owner()
       return Node(copying: base.root, owner: nil)
     }
+    rootWords = root.words
   }
 
   /// What the view has been told of the page with a guest-physical address; nil where its default holds.
   public func entry(_ address: GuestPhysicalAddress) -> Entry? {
-    var node = root
-    var level = 3
-    while true {
-      let word = node.words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
-      guard word & Self.present != 0 else { return nil }
-      if level == 0 { return Entry(word) }
-      node = Self.table(word)
-      level -= 1
-    }
+    word(address).map { Entry($0) }
   }
 
   /// What the view says of the page with a guest-physical address.
   public subscript(_ address: GuestPhysicalAddress) -> Entry {
-    var node = root
+    word(address).map { Entry($0) } ?? Entry(rights: defaultRights, hostPage: 0)
+  }
+
+  /// The leaf's word of a page; nil where there is none. Readers go from words to words, and count no references.
+  @inline(__always)
+  private func word(_ address: GuestPhysicalAddress) -> UInt64? {
+    var words = rootWords
     var level = 3
     while true {
-      let word = node.words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
-      guard word & Self.present != 0 else { return Entry(rights: defaultRights, hostPage: 0) }
-      if level == 0 { return Entry(word) }
-      node = Self.table(word)
+      let word = words[Self.index(address.rawValue, level)].load(ordering: .acquiring)
+      guard word & Self.present != 0 else { return nil }
+      if level == 0 { return word }
+      words = Self.words(word)
       level -= 1
     }
   }
@@ -123,11 +124,16 @@ public final class MemoryView: Sendable {
   /// Set in every word that says something: a leaf's, beside the rights; a table's, which is aligned to 16 bytes.
   private static let present: UInt64 = 8
 
+  /// The words of the table that a word names.
+  @inline(__always)
+  private static func words(_ word: UInt64) -> UnsafeMutablePointer<Atomic<UInt64>> {
+    UnsafeMutablePointer(bitPattern: UInt(word & ~present)).unsafelyUnwrapped
+  }
+
   /// The table that a word names.
   private static func table(_ word: UInt64) -> Node {
-    Unmanaged<Node>.fromOpaque(
-      UnsafeRawPointer(bitPattern: UInt(word & ~present)).unsafelyUnwrapped
-    ).takeUnretainedValue()
+    let node = (words(word) - Node.header).pointee.load(ordering: .relaxed)
+    return Unmanaged<Node>.fromOpaque(UnsafeRawPointer(bitPattern: UInt(node)).unsafelyUnwrapped).takeUnretainedValue()
   }
 
   private static func index(_ address: UInt64, _ level: Int) -> Int {
@@ -178,8 +184,7 @@ public final class MemoryView: Sendable {
           word & Self.present != 0 ? Node(copying: Self.table(word), owner: owner) : Node(owner: owner)
         // A table that this one replaces stays: a vCPU may be reading it.
         node.children.withLock { $0.append(table) }
-        slot.pointee.store(
-          UInt64(UInt(bitPattern: Unmanaged.passUnretained(table).toOpaque())) | Self.present, ordering: .releasing)
+        slot.pointee.store(UInt64(UInt(bitPattern: table.words)) | Self.present, ordering: .releasing)
         node = table
       }
     }
@@ -189,30 +194,45 @@ public final class MemoryView: Sendable {
   /// The right to change tables, by identity.
   private final class Owner: Sendable {}
 
-  /// One table. Its parents own it through `children`; the words refer to it without counting.
+  /// One table. Its parents own it through `children`; words refer to its words without counting.
   private final class Node: Sendable {
-    nonisolated(unsafe) let words = UnsafeMutablePointer<Atomic<UInt64>>.allocate(capacity: 512)
+    /// Words before the table's own, of which the first leads back to the node; two keep the table aligned to 16 bytes.
+    static let header = 2
+    nonisolated(unsafe) let words: UnsafeMutablePointer<Atomic<UInt64>>
     let children: Mutex<[Node]>
     let owner: Owner?
 
     init(owner: Owner?) {
       self.owner = owner
       children = Mutex([])
-      for index in 0..<512 { (words + index).initialize(to: Atomic(0)) }
+      words = Self.allocate()
+      fill { _ in 0 }
     }
 
     /// The same words, and so the same tables below; while nobody changes `other`.
     init(copying other: Node, owner: Owner?) {
       self.owner = owner
       children = Mutex(other.children.withLock { $0 })
-      for index in 0..<512 {
-        (words + index).initialize(to: Atomic(other.words[index].load(ordering: .relaxed)))
-      }
+      words = Self.allocate()
+      fill { other.words[$0].load(ordering: .relaxed) }
+    }
+
+    private static func allocate() -> UnsafeMutablePointer<Atomic<UInt64>> {
+      let size = (512 + header) * MemoryLayout<UInt64>.stride
+      let words = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 16)
+      return words.bindMemory(to: Atomic<UInt64>.self, capacity: 512 + header) + header
+    }
+
+    private func fill(_ word: (Int) -> UInt64) {
+      let node = UInt64(UInt(bitPattern: Unmanaged.passUnretained(self).toOpaque()))
+      for index in 0..<Self.header { (words - Self.header + index).initialize(to: Atomic(node)) }
+      for index in 0..<512 { (words + index).initialize(to: Atomic(word(index))) }
     }
 
     deinit {
-      words.deinitialize(count: 512)
-      words.deallocate()
+      let all = words - Self.header
+      all.deinitialize(count: 512 + Self.header)
+      UnsafeMutableRawPointer(all).deallocate()
     }
   }
 }

@@ -202,10 +202,7 @@ extension Processor {
       guard context >> 12 == 0 else { throw .generalProtection }
       guard context == 0 || cpu.pointee.cr4 & CR4.pcide.rawValue != 0 else { throw .generalProtection }
       if kind == 0 { guard isCanonical(linear) else { throw .generalProtection } }
-      // In every view: the low half of a space's key is its PCID.
-      for index in contexts.spaces.indices where contexts.spaces[index].key & 0xffff_ffff == context {
-        contexts.flush(contexts.spaces[index].key)
-      }
+      contexts.flush(pcid: context)
       updateContext()
     } else {
       guard context >> 12 == 0 else { throw .generalProtection }

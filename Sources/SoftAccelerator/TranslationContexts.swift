@@ -31,8 +31,9 @@ struct TranslationContexts {
   /// The number that no entry carries: accesses with it always take the slow path.
   static let slow: UInt64 = 0xfff
 
-  /// Makes the space with `key` the current one; its translations are kept from earlier if `keep`.
+  /// Makes the space with `key` the current one; translations of its PCID are kept from earlier, in every view, if `keep`.
   mutating func select(_ key: UInt64, keep: Bool) {
+    if !keep { flush(pcid: key & 0xffff_ffff) }
     if spaces[0].key != key {
       if let index = spaces.firstIndex(where: { $0.key == key }) {
         spaces.swapAt(0, index)
@@ -41,7 +42,6 @@ struct TranslationContexts {
         spaces.insert(Space(key: key), at: 0)
       }
     }
-    if !keep { spaces[0] = Space(key: key) }
   }
 
   /// Forgets every translation, of every space.
@@ -50,9 +50,11 @@ struct TranslationContexts {
     spaces[0] = Space(key: spaces[0].key)
   }
 
-  /// Forgets the translations of the space with `key`.
-  mutating func flush(_ key: UInt64) {
-    if let index = spaces.firstIndex(where: { $0.key == key }) { spaces[index] = Space(key: key) }
+  /// Forgets the translations of a PCID, in every view.
+  mutating func flush(pcid: UInt64) {
+    for index in spaces.indices where spaces[index].key & 0xffff_ffff == pcid {
+      spaces[index] = Space(key: spaces[index].key)
+    }
   }
 
   /// Forgets where code is, in every space.

@@ -199,6 +199,42 @@ import Testing
     }
   }
 
+  /// What a guest does to its translations in one view it has done in the other.
+  @Test(arguments: AcceleratorUnderTest.withViews, ["cr3", "invlpg"])
+  func invalidationsHoldInEveryView(_ subject: AcceleratorUnderTest, _ way: String) throws {
+    let machine = try make(subject)
+    let views = try (0..<2).map { _ in try machine.machine.makeView(base: nil) }
+    // A page at 1 GiB, in two sets of tables that are the same elsewhere.
+    for (address, entry) in [
+      (0x2008, 0x9007), (0x9000, 0xa007), (0xa000, 0x10_0007), (0x11000, 0x12007), (0x12000, 0x3007),
+      (0x12008, 0x13007),
+      (0x13000, 0x14007), (0x14000, 0x10_1007),
+    ] {
+      try machine.write(UInt64(entry), to: UInt64(address))
+    }
+    try machine.write(UInt64(1), to: TestMachine.data)
+    try machine.write(UInt64(2), to: TestMachine.data + 0x1000)
+    try machine.start("long") {
+      $0.rdi = 0x4000_0000
+      $0.rax = 0x11000
+      $0.rsi = 0xa000
+      $0.rdx = 0x10_1007
+    }
+    // mov cr3, rax; or mov [rsi], rdx; invlpg [rdi]
+    let change: [UInt8] = way == "cr3" ? [0x0f, 0x22, 0xd8] : [0x48, 0x89, 0x16, 0x0f, 0x01, 0x3f]
+    // mov rbx, [rdi]; out 0x90, al
+    let look: [UInt8] = [0x48, 0x8b, 0x1f, 0xe6, 0x90]
+    try machine.memory.write(look + change + [0xe6, 0x90] + look, to: GuestPhysicalAddress(TestMachine.entry))
+    var found: [UInt64] = []
+    for view in [views[0], views[1], views[0]] {
+      try machine.vcpu.selectView(view)
+      #expect(try machine.next() == .ready)
+      #expect(try machine.complete() == [])
+      found.append(try machine.vcpu.readRegisters().rbx)
+    }
+    #expect(found == [1, 1, 2])
+  }
+
   @Test(arguments: AcceleratorUnderTest.withViews)
   func addressesAreTranslatedInAView(_ subject: AcceleratorUnderTest) throws {
     let machine = try make(subject)

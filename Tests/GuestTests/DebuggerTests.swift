@@ -200,5 +200,14 @@ struct DebuggerTests {
     expect(output, has: ["views: each vCPU's memory view", "help: this list", "no command 'nothing'"])
     expect(output, has: ["vCPU 0: no view: all of memory, rwx\nvCPU 1: no view: all of memory, rwx\n"])
     #expect(status == 0)
+    let folder = try TemporaryFolder()
+    let protected = #"{"name": "low", "start": "0x9000", "size": "0x2000", "rights": "r--"}"#
+    let policy = try folder.file("policy.json", Array(#"{"version": 1, "protect": [\#(protected)]}"#.utf8))
+    let hardened = try debug(
+      engine, ["loader", "--cpus", "2", "--harden", policy], ["monitor views", "kill"])
+    for vcpu in 0..<2 {
+      expect(
+        hardened.gdb, has: ["vCPU \(vcpu): view 1\n  0x9000-0xafff r--\n  everything else rwx\n"])
+    }
   }
 }

@@ -18,8 +18,11 @@ DATA static uint64_t place[SECTIONS];
 // The text and data pages of what is loaded at each page of the arena.
 DATA static uint16_t text_pages[256], data_pages[256];
 
-CODE static void copy(uint64_t to, uint64_t from, uint64_t count) { __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count)::"memory"); }
-CODE static void clear(uint64_t to, uint64_t count) { __asm__ volatile("rep stosb" : "+D"(to), "+c"(count) : "a"(0) : "memory"); }
+// Whole pages.
+CODE static void clear(uint64_t to, uint64_t size) {
+  uint64_t words = size / 8;
+  __asm__ volatile("rep stosq" : "+D"(to), "+c"(words) : "a"(0) : "memory");
+}
 
 CODE static int allow(uint64_t start, uint64_t size, uint64_t views, uint64_t rights) {
   return !loader.hardened || size == 0 || harden_call(HARDEN_SET, start, size, views, rights) >= 0;
@@ -71,7 +74,7 @@ CODE static uint64_t link_module(uint64_t image, uint64_t size, uint64_t to, uin
       used = (used + align - 1) & -align;
       if (used > room || s[i].size > room - used) return 0;
       place[i] = to + used;
-      if (s[i].type != NOBITS) copy(place[i], image + s[i].offset, s[i].size);
+      if (s[i].type != NOBITS) copy_words(place[i], image + s[i].offset, s[i].size);
       used += s[i].size;
     }
     used = (used + PAGE - 1) & -(uint64_t)PAGE;

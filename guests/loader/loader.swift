@@ -112,9 +112,7 @@ enum Kernel {
   static func load(_ index: Int, at number: UInt64 = 0) -> UInt64 {
     let module = StartInfo.module(index)
     expect("a module fits", module.count <= pages * 4096)
-    copy_bytes(
-      UnsafeMutableRawPointer(bitPattern: UInt(staging))!, UnsafeRawPointer(bitPattern: UInt(module.address))!,
-      Int(module.count))
+    copy_words(staging, module.address, module.count)
     return loader_call(LOADER_LOAD, staging, module.count, slot(number))
   }
 }

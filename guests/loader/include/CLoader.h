@@ -4,6 +4,13 @@
 
 #define LOADER_INLINE static inline __attribute__((always_inline))
 
+// Eight bytes at a time: where a page may not be executed, KVM makes an exit of each access.
+LOADER_INLINE void copy_words(uint64_t to, uint64_t from, uint64_t count) {
+  uint64_t words = count / 8, rest = count % 8;
+  __asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words)::"memory");
+  __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(rest)::"memory");
+}
+
 // swiftvmm's hypercalls (docs/hardening.md): a read of four bytes; negative for an error, and for nobody there.
 #define HARDEN_VERSION 0u
 #define HARDEN_REGISTER 1u
