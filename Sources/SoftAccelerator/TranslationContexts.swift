@@ -17,6 +17,8 @@ struct TranslationContexts {
     var data: (UInt64, UInt64, UInt64) = (0, 0, 0)
     /// Code contexts of the supervisor and the user; never used twice. 0: none given yet.
     var code: (UInt64, UInt64) = (0, 0)
+    /// The page table that the last walk ended in when the space was left.
+    var lastTable = PageTableCache()
   }
 
   /// The spaces; the current one is first.
@@ -55,6 +57,11 @@ struct TranslationContexts {
     for index in spaces.indices where spaces[index].key & 0xffff_ffff == pcid {
       spaces[index] = Space(key: spaces[index].key)
     }
+  }
+
+  /// Forgets the page tables that walks ended in, in every space.
+  mutating func forgetTables() {
+    for index in spaces.indices { spaces[index].lastTable = PageTableCache() }
   }
 
   /// Forgets where code is, in every space.
@@ -142,14 +149,17 @@ extension Processor {
     if holdsLargePages { return flushTLB() }
     cpu.pointee.tlb[Self.tlbIndex(linear)] = soft_tlb_entry()
     contexts.flushCode()
+    contexts.forgetTables()
     updateContext()
   }
 
   /// Selects the address space that CR3 (with its PCID) and the view stand for.
   func selectSpace(keep: Bool) {
     let pcid = cpu.pointee.cr4 & CR4.pcide.rawValue != 0 ? cpu.pointee.cr3 & CR3.pcid.rawValue : 0
+    contexts.spaces[0].lastTable = lastTable
     contexts.select(pcid | UInt64(view?.number ?? 0) << 32, keep: keep)
     updateContext()
+    lastTable = contexts.spaces[0].lastTable
   }
 
   /// Empties the TLB's memory: needed only where context numbers start again, or host addresses changed.

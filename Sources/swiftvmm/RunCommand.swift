@@ -81,7 +81,7 @@ struct RunCommand: ParsableCommand {
   @Option(name: .customLong("load-address"), help: "Where a flat binary is loaded and entered.")
   var loadAddress: String?
 
-  @Option(help: "Harden the guest's code loading by a policy: a JSON file.")
+  @Option(help: "Harden the guest's code loading by a policy: a JSON file, or default.")
   var harden: String?
 
   @Option(help: "With --harden: where the audit goes, as JSON lines.")

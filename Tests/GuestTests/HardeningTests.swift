@@ -43,9 +43,9 @@ struct HardeningTests {
     }
 
     func run(
-      _ engine: String, cpus: Int, hardened: Bool, modules: [String], _ append: String
+      _ engine: String, cpus: Int, hardened: Bool, modules: [String], _ append: String, limit: Int = 240
     ) throws -> VMM {
-      var arguments = ["run", "loader", "--engine", engine, "--cpus", "\(cpus)", "--time-limit", "240"]
+      var arguments = ["run", "loader", "--engine", engine, "--cpus", "\(cpus)", "--time-limit", "\(limit)"]
       if hardened { arguments += ["--harden", policy, "--audit", audit] }
       for module in modules { arguments += ["--module", module] }
       return try VMM.run(arguments + ["--append", append])
@@ -101,12 +101,18 @@ struct HardeningTests {
     var bytes = [UInt8](try Data(contentsOf: URL(fileURLWithPath: path)))
     bytes[0x44] ^= 1
     let tampered = try shop.folder.file("tampered", bytes)
-    let result = try shop.run(engine, cpus: 1, hardened: true, modules: [tampered], "attack=module")
-    #expect(result.output.contains("attack module: blocked"), "\(result.output) \(result.errors)")
     // A key that the policy does not know is as good as none.
     let other = try Workshop()
-    let foreign = try shop.run(engine, cpus: 1, hardened: true, modules: [other.signed("counter")], "attack=module")
-    #expect(foreign.output.contains("attack module: blocked"), "\(foreign.output) \(foreign.errors)")
+    let foreign = try other.signed("counter")
+    for cpus in [1, 2] {
+      for module in [tampered, foreign] {
+        let free = try shop.run(engine, cpus: cpus, hardened: false, modules: [module], "attack=module")
+        #expect(free.output.contains("attack module: succeeded"), "\(free.output) \(free.errors)")
+        let result = try shop.run(engine, cpus: cpus, hardened: true, modules: [module], "attack=module")
+        #expect(result.output.contains("attack module: blocked"), "\(result.output) \(result.errors)")
+        #expect(try shop.events("denied").contains { ($0["reason"] as? String)?.contains("signature") == true })
+      }
+    }
   }
 
   @Test(arguments: engines, ["hold", "resume"])
@@ -122,6 +128,18 @@ struct HardeningTests {
       #expect(result.output.contains("interrupts: 1, \(rule == "hold" ? 0 : 1) in the loader"), "\(result.output)")
       #expect(try shop.events("suspend").count == (rule == "hold" ? 0 : 1))
     }
+  }
+
+  /// Interrupts that the loader keeps waiting come when the policy's time is over, and then do not steer it either.
+  @Test(arguments: engines)
+  func interruptsWaitForABoundedTime(_ engine: String) throws {
+    let shop = try Workshop(#", "interrupts": {"rule": "hold", "bound-ms": 10}"#)
+    let append = "attack=interrupt \(engine == "soft" ? "wait=100000000" : "wait=300000 timer=5000000")"
+    let result = try shop.run(engine, cpus: 1, hardened: true, modules: [], append)
+    #expect(result.output.contains("attack interrupt: blocked"), "\(result.output) \(result.errors)")
+    #expect(result.output.contains("interrupts: 1, 1 in the loader"), "\(result.output)")
+    #expect(try shop.events("bound").count == 1)
+    #expect(try shop.events("suspend").count == 1)
   }
 
   @Test(arguments: ["wp": "cr0.wp", "idt": "idtr"])
@@ -163,17 +181,21 @@ struct HardeningTests {
     #expect(stopped.errors.contains("the guest was stopped: write to a page that is not writable"))
   }
 
-  @Test(arguments: engines)
-  func tenThousandLoads(_ engine: String) throws {
+  /// A module's pages cost KVM an exit for each access: `SWIFTVMM_LOADS` makes the run there as long.
+  @Test(arguments: engines, [1, 2])
+  func tenThousandLoads(_ engine: String, cpus: Int) throws {
     let shop = try Workshop()
     let modules = try ["counter", "greeter", "sums"].map { try shop.signed($0) }
-    let count = engine == "soft" ? 10_000 : 100
-    let result = try shop.run(engine, cpus: 1, hardened: true, modules: modules, "cycles=\(count)")
+    let wanted = ProcessInfo.processInfo.environment["SWIFTVMM_LOADS"].flatMap { Int($0) }
+    let count = engine == "soft" ? 10_000 : wanted ?? 500
+    let result = try shop.run(
+      engine, cpus: cpus, hardened: true, modules: modules, "cycles=\(count)", limit: 240 + count)
     #expect(result.status == 0, "\(result.output.suffix(300)) \(result.errors)")
     #expect(result.output.contains("cycles: \(count)"))
     // Each load and each unload is a visit, after three of both before. The guest looks that no page kept any rights.
     #expect(try shop.events("enter").count == 2 * count + 6)
     #expect(try shop.events("leave").count == 2 * count + 6)
+    #expect(try shop.events("denied").isEmpty)
   }
 
   /// A machine that loads and unloads modules moves, and goes on from a file: with its views, its registration and whoever
@@ -237,6 +259,11 @@ struct HardeningTests {
     let check = try VMM.run("harden", "check", shop.policy)
     #expect(check.status == 0)
     #expect(check.output.contains("signed with one of 1 key"))
+    // The policy that leaves everything out has a name.
+    let empty = try shop.folder.file("empty.json", Array(#"{"version": 1}"#.utf8))
+    #expect(try VMM.run("harden", "check", "default").output == VMM.run("harden", "check", empty).output)
+    let run = try VMM.run("run", "loader", "--engine", "soft", "--harden", "default", "--append", "attack=text")
+    #expect(run.output.contains("attack text: blocked"), "\(run.output) \(run.errors)")
     let bad = try shop.folder.file("bad.json", Array(#"{"version": 1, "reaction": 3}"#.utf8))
     let refused = try VMM.run("harden", "check", bad)
     #expect(refused.status == 66)
