@@ -208,7 +208,7 @@ let package = Package(
       "MachineTests",
       [
         "Accelerator", "Boot", "DeviceModel", "GuestMemory", "Host", "KVMAccelerator", "Machine", "PlatformDevices",
-        "StateTree",
+        "SoftAccelerator", "StateTree",
       ]),
     tests("BlockLayerTests", ["BlockLayer", "Host"]),
     tests("NBDTests", ["BlockLayer", "Host", "NBD", "TLS", "TestCertificates"]),

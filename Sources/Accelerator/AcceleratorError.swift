@@ -29,6 +29,8 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
   case breakpointCount(Int, limit: Int)
   /// The host took only part of a list of model-specific registers.
   case modelSpecificRegister(index: UInt32, write: Bool)
+  /// The host's time-stamp counter cannot be set, and is behind that of the machine.
+  case counterBehind(saved: UInt64, here: UInt64)
 
   /// One line: what failed, why, what to do.
   public var description: String {
@@ -49,6 +51,9 @@ public enum AcceleratorError: Error, Equatable, CustomStringConvertible {
     case .breakpointLength(let address, let length):
       "a breakpoint at 0x\(String(address, radix: 16)) cannot cover \(length) bytes: 1, 2, 4 or 8, and 1 to execute"
     case .breakpointCount(let count, let limit): "\(count) hardware breakpoints; the processor has \(limit)"
+    case .counterBehind(let saved, let here):
+      "the machine's time-stamp counter is at \(saved), and this host's, which its KVM cannot set, at \(here): "
+        + "time would go backwards in the guest; use another host, or --engine soft"
     case .modelSpecificRegister(let index, let write):
       "the host refused to \(write ? "set" : "read") MSR 0x\(String(index, radix: 16))"
     }

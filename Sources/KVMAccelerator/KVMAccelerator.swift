@@ -94,7 +94,20 @@ public final class KVMAccelerator: Accelerator {
     defer { list.deallocate() }
     list[0] = UInt32(capacity)
     _ = try kvmCall("KVM_GET_MSR_INDEX_LIST", device, CLINUX_KVM_GET_MSR_INDEX_LIST, UnsafeMutableRawPointer(list))
-    return (0..<Int(list[0])).map { list[$0 + 1] }
+    let listed = (0..<Int(list[0])).map { list[$0 + 1] }
+    // Every KVM has them, and not every one lists them.
+    return listed + memoryTypes.filter { !listed.contains($0) }
+  }
+
+  /// The MTRRs: eight variable ranges, the fixed ranges, the default type (SDM vol. 4).
+  private static let memoryTypes: [UInt32] = (0x200...0x20f) + [0x250, 0x258, 0x259] + (0x268...0x26f) + [0x2ff]
+
+  /// Ticks of the host's time-stamp counter a millisecond, as KVM's guests count it; nil where the host does not know.
+  public func counterKilohertz() throws(AcceleratorError) -> UInt32? {
+    let machine = FileDescriptor(owning: try kvmCall("KVM_CREATE_VM", device.rawValue, CLINUX_KVM_CREATE_VM))
+    let vcpu = FileDescriptor(owning: try kvmCall("KVM_CREATE_VCPU", machine.rawValue, CLINUX_KVM_CREATE_VCPU))
+    let rate = ioctl(vcpu.rawValue, CLINUX_KVM_GET_TSC_KHZ, 0)
+    return rate > 0 ? UInt32(rate) : nil
   }
 
   /// Whether the processor shows VMX or SVM: without them KVM is paravirtual and emulates ring 0.

@@ -102,7 +102,7 @@ extension KVMVirtualCPU {
   }
 
   private static let apicBaseIndex: UInt32 = 0x1b
-  private static let timestampIndex: UInt32 = 0x10
+  static let timestampIndex: UInt32 = 0x10
 }
 
 extension KVMVirtualMachine {

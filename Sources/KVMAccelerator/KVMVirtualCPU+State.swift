@@ -192,6 +192,7 @@ extension KVMVirtualCPU {
     }
     try writeTSCRate(state.tscKilohertz)
     try writeModelSpecificRegisters(state.modelSpecific)
+    try checkCounter(state)
     var events = kvm_vcpu_events(state.events)
     // KVM refuses the parts that the virtual machine could not turn on.
     if !machine.hasExceptionPayloads { events.flags &= ~UInt32(KVM_VCPUEVENT_VALID_PAYLOAD) }
@@ -210,6 +211,15 @@ extension KVMVirtualCPU {
     _ = try kvmCall(
       "KVM_SET_TSC_KHZ", descriptor, CLINUX_KVM_SET_TSC_KHZ,
       UnsafeMutableRawPointer(bitPattern: UInt(kilohertz)))
+  }
+
+  /// Without VMX or SVM the counter is the host's whatever is written: it may be ahead of the state's, by the time that has passed.
+  private func checkCounter(_ state: VCPUState) throws(AcceleratorError) {
+    guard !machine.accelerator.capabilities.contains(.nativeRing0),
+      let saved = state.modelSpecific.first(where: { $0.index == Self.timestampIndex })?.value,
+      let here = try readModelSpecificRegisters([Self.timestampIndex]).first?.value, saved > here
+    else { return }
+    throw .counterBehind(saved: saved, here: here)
   }
 
   private func invalid(_ field: String, _ value: Int) -> AcceleratorError {

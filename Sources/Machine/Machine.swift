@@ -20,6 +20,11 @@ public final class Machine: MachineControl {
   public let virtualMachine: any VirtualMachine
   /// The vCPUs by number.
   public let vcpus: [any VirtualCPU]
+  /// What CPUID shows the guest, but for the number of the vCPU.
+  public let cpuid: [CPUIDLeaf]
+  /// Ticks of the vCPUs' time-stamp counters a millisecond; 0 where the host does not know.
+  public var counterKilohertz: UInt32 { counterRate.load(ordering: .relaxed) }
+  private let counterRate: Atomic<UInt32>
   /// The loop that runs devices; control servers may put descriptors of their own on it.
   public let loop: EventLoop
   /// Exits by reason, one a vCPU.
@@ -64,6 +69,7 @@ public final class Machine: MachineControl {
     memory = parts.memory
     virtualMachine = parts.virtualMachine
     vcpus = parts.vcpus
+    cpuid = parts.cpuid
     loop = parts.loop
     clock = parts.clock
     virtualClock = parts.clock as? VirtualClock
@@ -81,6 +87,7 @@ public final class Machine: MachineControl {
     var states: [VCPUState] = []
     for vcpu in parts.vcpus { states.append(try vcpu.readState()) }
     pristine = (try parts.virtualMachine.save(), states)
+    counterRate = Atomic(states[0].tscKilohertz)
     interrupts.resetActivities()
   }
 
@@ -318,6 +325,7 @@ public final class Machine: MachineControl {
     } catch {
       throw .accelerator(error)
     }
+    counterRate.store(pristine.vcpus[0].tscKilohertz, ordering: .relaxed)
     for device in devices { device.reset() }
     for local in interrupts.locals { local.reset() }
     interrupts.resetActivities()
@@ -410,18 +418,31 @@ public final class Machine: MachineControl {
 
   /// Devices, vCPUs and the accelerator's part; RAM is apart. The machine must be paused.
   public func save() throws(MachineError) -> StateNode {
+    do {
+      // No local APIC of an accelerator can hold what the vCPU would take next.
+      for local in interrupts.locals where local.hasEvents {
+        try takeEvents(vcpus[local.index], local, interrupts.presences[local.index])
+      }
+    } catch {
+      throw .accelerator(error)
+    }
     var children = devices.map { $0.save() } + interrupts.locals.map { $0.save() }
     if let supervisor { children.append(supervisor.save()) }
     do {
       children.append(try virtualMachine.save())
+      var change = EngineChange(clock: try virtualMachine.readClock(), changed: [])
       for vcpu in vcpus {
         var state = try vcpu.readState()
         if interrupts.model == .userSpace {
+          let local = interrupts.locals[vcpu.index]
           state.activity = interrupts.presences[vcpu.index].activity
-          state.system.cr8 = UInt64(interrupts.locals[vcpu.index].taskPriority)
+          state.system.cr8 = UInt64(local.taskPriority)
+          (state.localAPIC, state.timestampDeadline) = (local.page, local.modelSpecific.deadline)
         }
+        change.changed.append(EngineChange.changed(state, since: pristine.vcpus[vcpu.index]))
         children.append(state.node(index: vcpu.index))
       }
+      children.append(change.node)
     } catch {
       throw .accelerator(error)
     }
@@ -511,7 +532,8 @@ public final class Machine: MachineControl {
   /// Puts a saved state in place. The machine must be paused; on an error it is in no usable state.
   public func restore(_ node: StateNode) throws(MachineError) {
     var states: [VCPUState] = []
-    let machineNode: StateNode
+    let machineNode: StateNode?
+    let change: EngineChange?
     var putViews: @Sendable () throws(AcceleratorError) -> Void = { () throws(AcceleratorError) in }
     do throws(StateError) {
       let now = try node.read("machine", versions: 1...1) { reader, _ throws(StateError) in
@@ -526,24 +548,44 @@ public final class Machine: MachineControl {
         }
       }
       for vcpu in vcpus { states.append(try VCPUState(node.child("vcpu\(vcpu.index)"), index: vcpu.index)) }
-      machineNode = try node.child(pristine.machine.name)
+      machineNode = node.children.first { $0.name == pristine.machine.name }
+      change = machineNode == nil ? try EngineChange(node.child(EngineChange.nodeName)) : nil
       if let supervisor { putViews = try supervisor.restore(node) }
     } catch {
       throw .state(error)
     }
+    if let change {
+      let components = CPUFeatures(cpuid).components
+      let lost = states.indices.flatMap { index in
+        change.adapt(&states[index], index: index, to: pristine.vcpus[index], components: components)
+      }
+      guard lost.isEmpty else { throw .notCarried(lost) }
+    }
     do {
-      try virtualMachine.restore(machineNode)
+      if let machineNode { try virtualMachine.restore(machineNode) }
+      if let change { try virtualMachine.writeClock(change.clock) }
       try putViews()
       for (vcpu, state) in zip(vcpus, states) {
         try vcpu.writeState(state)
-        if interrupts.model == .userSpace { interrupts.presences[vcpu.index].activity = state.activity }
+        guard interrupts.model == .userSpace else { continue }
+        // KVM's local APICs tell a vCPU that waits for INIT from one that waits for SIPI after it.
+        interrupts.presences[vcpu.index].activity =
+          state.activity == .uninitialized ? .waitForStartup : state.activity
       }
     } catch {
       throw .accelerator(error)
     }
+    if states[0].tscKilohertz != 0 { counterRate.store(states[0].tscKilohertz, ordering: .relaxed) }
     do throws(StateError) {
       // After the time-stamp counters that their deadlines count on, and the controllers that drive them.
-      for local in interrupts.locals { try local.restore(node.child(local.name)) }
+      for local in interrupts.locals {
+        if let node = node.children.first(where: { $0.name == local.name }) {
+          try local.restore(node)
+        } else {
+          let state = states[local.index]
+          try local.load(page: state.localAPIC, base: state.system.apicBase, deadline: state.timestampDeadline)
+        }
+      }
     } catch {
       throw .state(error)
     }

@@ -65,21 +65,23 @@ public struct MachineBuilder {
     let virtualMachine: any VirtualMachine
     let interrupts: MachineInterrupts
     var vcpus: [any VirtualCPU] = []
+    let cpuid = try processor()
+    let shown: [CPUIDLeaf]
     do {
       virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: model)
       clock = virtualMachine.virtualTime.map { VirtualClock($0) } ?? MachineClock(loop: loop)
       takesTurns = configuration.takesTurns || virtualMachine.virtualTime != nil
       try setSlots(virtualMachine)
-      let supported = try accelerator.supportedCPUID()
       let policy = CPUIDPolicy(
         cpus: configuration.cpus, emulatesRing0: !accelerator.capabilities.contains(.nativeRing0),
         controllers: model, hasControllerRegisters: accelerator.capabilities.contains(.controllerRegisters))
+      shown = policy.leaves(supported: cpuid, apicID: 0)
       for index in 0..<configuration.cpus {
-        let leaves = policy.leaves(supported: supported, apicID: UInt32(index))
+        let leaves = policy.leaves(supported: cpuid, apicID: UInt32(index))
         vcpus.append(try virtualMachine.makeVCPU(index: index, cpuid: leaves))
       }
       interrupts = try MachineInterrupts(
-        virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: supported), clock: clock,
+        virtualMachine, vcpus: vcpus, features: policy.localAPICFeatures(supported: cpuid), clock: clock,
         oneThread: takesTurns)
     } catch {
       throw .accelerator(error)
@@ -89,7 +91,7 @@ public struct MachineBuilder {
       interrupts: interrupts, isDeterministic: virtualMachine.virtualTime != nil)
     let exitTrace = try connectTraces(vcpus)
     let parts = MachineParts(
-      memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock,
+      memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, cpuid: shown, loop: loop, clock: clock,
       takesTurns: takesTurns, platform: platform, interrupts: interrupts, boot: BootPlan(request, tables),
       assist: configuration.assist, exitTrace: exitTrace, supervisor: configuration.supervisor)
     do {
@@ -100,6 +102,18 @@ public struct MachineBuilder {
     } catch {
       throw .accelerator(error)
     }
+  }
+
+  /// The leaves of the processor that was asked for, which the accelerator must be able to show.
+  private func processor() throws(MachineError) -> [CPUIDLeaf] {
+    let supported: [CPUIDLeaf]
+    do { supported = try accelerator.supportedCPUID() } catch { throw .accelerator(error) }
+    guard let leaves = configuration.cpu.leaves else { return supported }
+    let missing = CPUFeatures(leaves).missing(in: CPUFeatures(supported), anyVendor: true)
+    guard missing.isEmpty else {
+      throw .cpuModel(configuration.cpu, engine: accelerator.name, missing: missing)
+    }
+    return leaves
   }
 
   /// Gives the vCPUs those who trace them; returns the trace that is the machine's own.

@@ -51,6 +51,8 @@ public struct MachineConfiguration: Sendable {
   public var memory: UInt64 = 256 << 20
   /// vCPUs.
   public var cpus = 1
+  /// Which processor the guest is shown.
+  public var cpu = CPUModel.host
   /// The guest; nil runs the firmware alone.
   public var image: BootImage?
   /// The kernel's command line.

@@ -13,6 +13,10 @@ public enum MachineError: Error, CustomStringConvertible {
   case memorySize(asked: UInt64, minimum: UInt64)
   /// The accelerator has no interrupt controllers there.
   case interruptControllers(asked: InterruptControllerModel, engine: String)
+  /// The accelerator cannot show the processor that was asked for.
+  case cpuModel(CPUModel, engine: String, missing: [String])
+  /// The guest has set registers that no other engine has.
+  case notCarried([String])
   /// More disks than the bus has places.
   case disks(asked: Int, limit: Int)
   /// Two disks have one name.
@@ -47,6 +51,11 @@ public enum MachineError: Error, CustomStringConvertible {
     case .interruptControllers(let asked, let engine):
       "engine \(engine) has no \(asked == .split ? "local APICs" : "interrupt controllers") of its own here: "
         + "use --kernel-irqchip off"
+    case .cpuModel(let model, let engine, let missing):
+      "engine \(engine) cannot show --cpu \(model.rawValue) here: it lacks \(missing.joined(separator: ", "))"
+    case .notCarried(let what):
+      "the guest uses what this engine cannot take over from another: \(what.joined(separator: ", ")); "
+        + "start it with --cpu common where it is to move between engines"
     case .disks(let asked, let limit): "\(asked) disks do not fit: --disk may be given \(limit) times"
     case .noDisk(let name): "there is no disk \(name)"
     case .diskName(let name): "two disks are called \(name): give one of them another id="

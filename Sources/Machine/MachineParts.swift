@@ -7,6 +7,7 @@ struct MachineParts {
   var memory: GuestMemory
   var virtualMachine: any VirtualMachine
   var vcpus: [any VirtualCPU]
+  var cpuid: [CPUIDLeaf] = []
   var loop: EventLoop
   var clock: any GuestClock
   var takesTurns = false

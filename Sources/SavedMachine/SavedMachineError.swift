@@ -15,6 +15,8 @@ public enum SavedMachineError: Error, Equatable, CustomStringConvertible {
   case memorySize(path: String, saved: UInt64, here: UInt64)
   /// The machine is made in another way.
   case differs(path: String, what: String, saved: String, here: String)
+  /// The guest has what the engine here cannot give it.
+  case lacks(path: String, engine: String, [String])
   /// The host failed.
   case host(HostError)
 
@@ -43,6 +45,9 @@ public enum SavedMachineError: Error, Equatable, CustomStringConvertible {
       "\(path) holds \(saved >> 10) KiB of RAM, and this machine has \(here >> 10) KiB: give the --memory it was saved with"
     case .differs(let path, let what, let saved, let here):
       "\(path) was saved with \(what) \(saved), and this machine has \(here): give the options that it was started with"
+    case .lacks(let path, let engine, let what):
+      "\(path) cannot go on in engine \(engine) here, which lacks what its guest has seen: \(what.joined(separator: ", ")); "
+        + "a machine that is to change engines is started with --cpu common"
     case .host(let error): "\(error)"
     }
   }

@@ -52,13 +52,16 @@ final class Processor: @unchecked Sendable {
   var localAPIC: (any LocalInterruptController)?
   /// A #DB to be delivered after the instruction: bits of DR6.
   var pendingDebug: UInt64 = 0
+  /// An exception that a state had on its way: nothing comes before its handler.
+  var pendingException: Interruption?
   /// Breakpoint registers watch accesses to data, to ports, and the execution of instructions: `updateDebug` derives
   /// them from DR7.
   var watchesData = false
   var watchesPorts = false
   var watchesCode = false
-  /// What the time-stamp counter counts.
+  /// What the time-stamp counter counts, and what it counted when the CPU was made.
   var timeSource = TimeSource.monotonic
+  var ownTimeSource = TimeSource.monotonic
 
   /// Where pages of code are.
   let codePages = UnsafeMutablePointer<CodePage>.allocate(capacity: CodePage.count)

@@ -32,6 +32,7 @@ extension Processor {
     cpu.pointee.interrupt_shadow = 0
     cpu.pointee.nmi_masked = false
     pendingDebug = 0
+    pendingException = nil
     isHalted = false
     pendingNMIs = 0
     pendingInterrupt = nil
@@ -175,12 +176,15 @@ extension Processor {
     }
     state.events.interruptShadow = cpu.pointee.interrupt_shadow
     state.events.nmiPending = pendingNMIs > 0
+    state.events.nmiInjected = pendingNMIs > 1
     state.events.nmiMasked = cpu.pointee.nmi_masked
     if let pendingInterrupt {
       state.events.interruptInjected = true
       state.events.interruptVector = pendingInterrupt
     }
-    if pendingDebug != 0 {
+    if let pendingException {
+      setException(pendingException, &state.events)
+    } else if pendingDebug != 0 {
       state.events.exceptionPending = true
       state.events.exceptionVector = ExceptionVector.debug.rawValue
       state.events.exceptionPayload = pendingDebug
@@ -189,7 +193,7 @@ extension Processor {
     state.debug.dr6 = cpu.pointee.dr.6
     state.debug.dr7 = cpu.pointee.dr.7
     state.activity = isHalted ? .halted : .runnable
-    state.tscKilohertz = TimeSource.kilohertz
+    state.tscKilohertz = timeSource.kilohertz
     return state
   }
 
@@ -210,6 +214,7 @@ extension Processor {
     if state.xcr0 != 0 { cpu.pointee.xcr0 = state.xcr0 & features.xcr0 | 1 }
     generalRegisters = state.general
     systemRegisters = state.system
+    setCounterRate(state.tscKilohertz)
     for register in state.modelSpecific {
       switch register.index {
       case MSR.timeStampCounter: cpu.pointee.tsc_offset &+= register.value &- timeStampCounter
@@ -240,7 +245,7 @@ extension Processor {
     let base = first.cpu.pointee.tsc_offset &- first.cpu.pointee.tsc_adjust
     let own = cpu.pointee.tsc_offset &- cpu.pointee.tsc_adjust
     let difference = Int64(bitPattern: own &- base).magnitude
-    if difference < UInt64(TimeSource.kilohertz) &* 1000 { cpu.pointee.tsc_offset &-= own &- base }
+    if difference < UInt64(timeSource.kilohertz) &* 1000 { cpu.pointee.tsc_offset &-= own &- base }
   }
 
   private func setEvents(_ events: PendingEvents) {
@@ -249,6 +254,7 @@ extension Processor {
     pendingNMIs = (events.nmiPending ? 1 : 0) + (events.nmiInjected ? 1 : 0)
     pendingInterrupt = events.interruptInjected && !events.interruptIsSoftware ? events.interruptVector : nil
     pendingDebug = 0
+    pendingException = nil
     guard events.exceptionInjected || events.exceptionPending,
       let vector = ExceptionVector(rawValue: events.exceptionVector)
     else { return }
@@ -256,9 +262,18 @@ extension Processor {
       pendingDebug = events.exceptionPayload ?? 0
     } else {
       if vector == .pageFault { faultAddress = events.exceptionPayload ?? cpu.pointee.cr2 }
-      // Nothing comes before the handler of an exception that is on its way. One that cannot be reached is found again
-      // by the instruction that raised it.
-      _ = deliver(events.exceptionHasErrorCode ? .fault(vector, events.exceptionErrorCode) : .exception(vector))
+      pendingException = events.exceptionHasErrorCode ? .fault(vector, events.exceptionErrorCode) : .exception(vector)
+    }
+  }
+
+  private func setException(_ exception: Interruption, _ events: inout PendingEvents) {
+    events.exceptionInjected = true
+    switch exception {
+    case .exception(let vector): events.exceptionVector = vector.rawValue
+    case .fault(let vector, let code):
+      (events.exceptionVector, events.exceptionHasErrorCode, events.exceptionErrorCode) = (vector.rawValue, true, code)
+      if vector == .pageFault { events.exceptionPayload = faultAddress }
+    case .exit: break
     }
   }
 
@@ -291,7 +306,8 @@ extension Processor {
       if size >= Self.pkruOffset + 8 {
         area.storeBytes(of: cpu.pointee.pkru, toByteOffset: Self.pkruOffset, as: UInt32.self)
       }
-      area.storeBytes(of: features.xcr0, toByteOffset: 512, as: UInt64.self)
+      // x87 and SSE are there without XSAVE, too.
+      area.storeBytes(of: features.xcr0 | 3, toByteOffset: 512, as: UInt64.self)
     }
     return area
   }

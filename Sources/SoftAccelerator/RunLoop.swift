@@ -135,6 +135,10 @@ extension Processor {
 
   /// Delivers the events that are due between two instructions, highest priority first (SDM vol. 3, table 6-2).
   private func takeEvents() -> PendingExit? {
+    if let exception = pendingException {
+      pendingException = nil
+      if let exit = deliver(exception) { return exit }
+    }
     if pendingDebug != 0, cpu.pointee.interrupt_shadow & 2 == 0 {
       if let exit = deliver(.exception(.debug)) { return exit }
     }

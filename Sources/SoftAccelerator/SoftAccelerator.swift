@@ -7,16 +7,23 @@ public final class SoftAccelerator: Accelerator {
   /// `soft`.
   public let name = "soft"
   /// What the software CPUs can do, on every host.
-  public let capabilities: AcceleratorCapabilities = [
+  public var capabilities: AcceleratorCapabilities { isDeterministic ? Self.all : Self.all.union(.tscScaling) }
+
+  private static let all: AcceleratorCapabilities = [
     .readOnlyMemory, .dirtyLog, .guestDebug, .watchpoints, .nativeRing0, .executePermission,
     .controllerRegisters, .instructionLimit, .readWatchpoints, .registerPinning, .memoryViews,
   ]
 
   private let isDeterministic: Bool
+  private let counter: TimeSource
 
   /// The engine. A deterministic one's machines have virtual time, fixed random numbers and the same CPU on every host.
-  public init(isDeterministic: Bool = false) {
+  ///
+  /// With `hostCounterKilohertz`, the rate of the host's time-stamp counter, guests count that one, as KVM's do, and not
+  /// nanoseconds.
+  public init(isDeterministic: Bool = false, hostCounterKilohertz: UInt32? = nil) {
     self.isDeterministic = isDeterministic
+    counter = hostCounterKilohertz.map { .hostCounter(kilohertz: $0) } ?? .monotonic
   }
 
   /// The leaves of the CPU that is implemented here.
@@ -30,6 +37,6 @@ public final class SoftAccelerator: Accelerator {
       throw .unsupported(engine: name, what: "interrupt controllers of its own")
     }
     guard !isDeterministic || SoftCPUID.hasPortableUnits else { throw .unsupported(engine: name, what: "SSE4.2") }
-    return SoftVirtualMachine(memory: memory, time: isDeterministic ? SoftVirtualTime() : nil)
+    return SoftVirtualMachine(memory: memory, time: isDeterministic ? SoftVirtualTime() : nil, counter: counter)
   }
 }

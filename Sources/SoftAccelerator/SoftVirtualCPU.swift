@@ -26,6 +26,9 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
       processor.randomState = UInt64(index)
       processor.timeSource = time.source
       if index == 0 { time.run(processor.cpu) }
+    } else {
+      processor.timeSource = machine.counter
+      processor.ownTimeSource = machine.counter
     }
   }
 
@@ -161,10 +164,10 @@ public final class SoftVirtualCPU: VirtualCPU, @unchecked Sendable {
     processor.localAPIC = controller
   }
 
-  /// Nanoseconds until the time-stamp counter, which counts them, has a value.
+  /// Nanoseconds until the time-stamp counter has a value.
   public func nanoseconds(untilTimestamp ticks: UInt64) -> UInt64? {
     let now = processor.timeStampCounter
-    return ticks > now ? ticks - now : 0
+    return ticks > now ? processor.timeSource.nanoseconds(ofTicks: ticks - now) : 0
   }
 
   /// Puts an external interrupt at the INTR pin.

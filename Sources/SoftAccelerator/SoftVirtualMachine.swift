@@ -16,6 +16,8 @@ public final class SoftVirtualMachine: VirtualMachine {
   public var virtualTime: (any VirtualTime)? { time }
 
   let time: SoftVirtualTime?
+  /// What time-stamp counters count, where time is the host's.
+  let counter: TimeSource
   let physical = PhysicalMemory()
   let group = ProcessorGroup()
   private let slots = Mutex<[UInt32: Slot]>([:])
@@ -33,8 +35,9 @@ public final class SoftVirtualMachine: VirtualMachine {
     nonisolated(unsafe) var dirty: UnsafeMutablePointer<UInt8>?
   }
 
-  init(memory: GuestMemory, time: SoftVirtualTime? = nil) {
+  init(memory: GuestMemory, time: SoftVirtualTime? = nil, counter: TimeSource = .monotonic) {
     self.memory = memory
+    self.counter = counter
     self.time = time
     // What devices, loaders and debuggers write may be code that a CPU has decoded.
     memory.setWriteObserver { [group] pointer, count in

@@ -2,6 +2,7 @@ import Accelerator
 import ArgumentParser
 import Host
 import KVMAccelerator
+import Machine
 import SoftAccelerator
 
 /// `--engine`, and what `auto` means on this host.
@@ -16,9 +17,18 @@ struct EngineOption: ParsableArguments {
   /// Opens the engine. `auto` says what it took, and why, on standard error.
   ///
   /// `softOption` is an option that only the software engine has; `auto` then takes that one.
-  func open(softOption: String? = nil, isDeterministic: Bool = false) throws(Failure) -> any Accelerator {
+  func open(
+    softOption: String? = nil, isDeterministic: Bool = false, cpu: CPUModel = .host
+  ) throws(Failure) -> any Accelerator {
+    // A guest that may go to KVM counts what it would count there.
+    func soft() -> SoftAccelerator {
+      let counts = cpu == .common && !isDeterministic
+      return SoftAccelerator(
+        isDeterministic: isDeterministic,
+        hostCounterKilohertz: counts ? try? KVMAccelerator().counterKilohertz() : nil)
+    }
     switch engine {
-    case .soft: return SoftAccelerator(isDeterministic: isDeterministic)
+    case .soft: return soft()
     case .kvm where softOption != nil: throw .needsSoftEngine(option: softOption ?? "")
     case .kvm:
       let kvm: KVMAccelerator
@@ -28,19 +38,19 @@ struct EngineOption: ParsableArguments {
     case .auto:
       if let softOption {
         printError("\(EngineChoice.asked(softOption))")
-        return SoftAccelerator(isDeterministic: isDeterministic)
+        return soft()
       }
       let kvm: KVMAccelerator
       do {
         kvm = try KVMAccelerator()
       } catch {
         printError("\(EngineChoice.noKVM(error))")
-        return SoftAccelerator()
+        return soft()
       }
       let probe = try RingZeroProbe.run()
       printError("\(EngineChoice.measured(probe))")
       if probe.isNative { return kvm }
-      return SoftAccelerator()
+      return soft()
     }
   }
 }

@@ -117,7 +117,8 @@ enum Failure: Error {
   private static func status(_ error: MachineError) -> ExitStatus {
     switch error {
     case .cpus, .memorySize, .disks, .diskName, .noDisk: .usage
-    case .interruptControllers: .unavailable
+    case .interruptControllers, .cpuModel: .unavailable
+    case .notCarried: .badInput
     case .boot, .state: .badInput
     // Only the control socket's clients meet it.
     case .unsaved: .usage
@@ -134,7 +135,7 @@ enum Failure: Error {
 
   private static func status(_ error: AcceleratorError) -> ExitStatus {
     switch error {
-    case .missing, .noPermission, .interfaceVersion, .unsupported: .unavailable
+    case .missing, .noPermission, .interfaceVersion, .unsupported, .counterBehind: .unavailable
     default: .software
     }
   }

@@ -19,6 +19,8 @@ enum KernelIRQChip: String, ExpressibleByArgument, CaseIterable {
   }
 }
 
+extension CPUModel: ExpressibleByArgument {}
+
 /// An option that is on or off.
 enum Switch: String, ExpressibleByArgument, CaseIterable {
   case on, off
@@ -45,6 +47,10 @@ struct RunCommand: ParsableCommand {
 
   @Option(help: "Number of vCPUs.")
   var cpus = 1
+
+  @Option(
+    help: "Processor that the guest is shown: what the engine has (host), or one that every engine has (common).")
+  var cpu = CPUModel.host
 
   @Option(
     name: .customLong("kernel-irqchip"),

@@ -45,6 +45,7 @@ struct RunSession {
     var configuration = MachineConfiguration(serial: console)
     configuration.memory = memory
     configuration.cpus = options.cpus
+    configuration.cpu = options.cpu
     configuration.image = image
     configuration.interrupts = options.kernelIRQChip?.model
     configuration.commandLine = options.append
@@ -78,7 +79,7 @@ struct RunSession {
     hardening = try options.harden.map { path throws(Failure) in try RunHardening(path, audit: options.audit) }
     configuration.supervisor = hardening?.supervisor
     accelerator = try options.engine.open(
-      softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic)
+      softOption: Self.softOption(options, subjects.map(\.0)), isDeterministic: options.deterministic, cpu: options.cpu)
     if hardening?.supervisor.policy.pins.isEmpty == false, !accelerator.capabilities.contains(.registerPinning) {
       throw .needsSoftEngine(option: "--harden with pinned registers")
     }
@@ -91,7 +92,8 @@ struct RunSession {
       return
     }
     let description = MachineDescription(
-      machine, engine: accelerator.name, hasAgent: options.agent, disks: disks, hardening: hardening?.supervisor.policy)
+      machine, engine: accelerator, cpu: options.cpu, hasAgent: options.agent, disks: disks,
+      hardening: hardening?.supervisor.policy)
     saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
 
@@ -141,7 +143,8 @@ struct RunSession {
     }
     let schedule = try Self.schedule(options, keeper, agent)
     let saver = MachineSaver(
-      machine, engine: accelerator.name, disks: control, hasAgent: ports != nil, hardening: hardening?.supervisor.policy
+      machine, engine: accelerator, cpu: options.cpu, disks: control, hasAgent: ports != nil,
+      hardening: hardening?.supervisor.policy
     )
     let moving = MovingMachine(saver, agent: agent)
     let migrations = MigrationControl(moving, objects)

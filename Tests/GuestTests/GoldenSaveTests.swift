@@ -8,7 +8,7 @@ import Testing
 /// a version of the file (docs/state.md), of the tree or of a node that changes must go on reading what is in them.
 @Suite(.enabled(if: VMM.isBuilt, "needs the release build and scripts/build-guests"))
 struct GoldenSaveTests {
-  @Test(arguments: [1, 2]) func aSavedMachineOfEachVersionGoesOn(version: Int) throws {
+  @Test(arguments: ["1", "2", "2-description-3"]) func aSavedMachineOfEachVersionGoesOn(version: String) throws {
     let folder = try TemporaryFolder()
     let packed = VMM.checkout + "/Tests/GuestTests/Fixtures/saved-\(version).gz"
     let path = folder.path + "/saved"

@@ -54,13 +54,16 @@ struct SmallMachine {
   let machine: Machine
   let recorder = Recorder()
 
-  init(_ code: [UInt8], cpus: Int = 1, controllers: InterruptControllerModel = .split) throws {
+  init(
+    _ code: [UInt8], cpus: Int = 1, controllers: InterruptControllerModel = .split, cpu: CPUModel = .host,
+    on other: (any Accelerator)? = nil
+  ) throws {
     let range = try #require(GuestRange(start: GuestPhysicalAddress(0), size: 1 << 20))
     let memory = try GuestMemory([range])
-    let accelerator = try KVMAccelerator()
+    let accelerator = try other ?? KVMAccelerator()
     let virtualMachine = try accelerator.makeVirtualMachine(memory: memory, interrupts: controllers)
     try virtualMachine.setMemorySlot(MemorySlot(number: 0, range: range, hostBase: memory.regions[0].hostBase))
-    let supported = try accelerator.supportedCPUID()
+    let supported = try cpu.leaves ?? accelerator.supportedCPUID()
     let policy = CPUIDPolicy(
       cpus: cpus, controllers: controllers,
       hasControllerRegisters: accelerator.capabilities.contains(.controllerRegisters))
@@ -95,7 +98,9 @@ struct SmallMachine {
     }
     machine = try Machine(
       MachineParts(
-        memory: memory, virtualMachine: virtualMachine, vcpus: vcpus, loop: loop, clock: clock, platform: platform,
+        memory: memory, virtualMachine: virtualMachine, vcpus: vcpus,
+        cpuid: policy.leaves(supported: supported, apicID: 0), loop: loop,
+        clock: clock, platform: platform,
         interrupts: interrupts, boot: BootPlan(load: load, wake: load)))
     link.connect(machine)
   }

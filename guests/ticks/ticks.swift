@@ -27,13 +27,17 @@ func guestMain() {
     LocalAPIC.endOfInterrupt()
   }
 
-  pitThroughPIC()
-  pitThroughIOAPIC()
-  let rate = localTimerRate()
-  localTimer(rate)
-  let tsc = tscRate()
-  if cpuid(1, 0).ecx & 1 << 24 != 0 { tscDeadline(tsc) }
-  if let base = HPET.base { hpet(base) }
+  for _ in 0..<StartInfo.number("rounds", default: 1) {
+    pitThroughPIC()
+    pitThroughIOAPIC()
+    let rate = localTimerRate()
+    localTimer(rate)
+    if StartInfo.number("tsc", default: 1) != 0 {
+      let tsc = tscRate()
+      if cpuid(1, 0).ecx & 1 << 24 != 0 { tscDeadline(tsc) }
+    }
+    if let base = HPET.base { hpet(base) }
+  }
   say("ticks: all passed")
 }
 

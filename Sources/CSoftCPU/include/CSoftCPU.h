@@ -138,6 +138,9 @@ typedef struct {
   soft_cpu *_Nullable running;
 } soft_time;
 
+// The host's own time-stamp counter.
+static inline uint64_t soft_host_counter(void) { return __builtin_ia32_rdtsc(); }
+
 // Nanoseconds; exact on the thread that runs the CPU, recent on others.
 static inline uint64_t soft_now(const soft_time *_Nonnull time) {
   soft_cpu *cpu = __atomic_load_n(&time->running, __ATOMIC_ACQUIRE);

@@ -126,6 +126,7 @@ private enum MigrationSettings {
   static func json(_ parameters: MigrationParameters, _ tls: MigrationControl.TLSChoice) -> JSONValue {
     [
       "max-bandwidth": JSONValue(parameters.bandwidth),
+      "max-postcopy-bandwidth": JSONValue(parameters.postCopyBandwidth),
       "downtime-limit": JSONValue(parameters.downtimeLimit / 1_000_000),
       "multifd-channels": JSONValue(parameters.links), "multifd-zstd-level": JSONValue(max(1, parameters.compression)),
       "multifd-compression": parameters.compression > 0 ? "zstd" : "none",

@@ -109,6 +109,10 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
     if let (what, there, here) = there.difference(from: saver.description, comparesPaths: false) {
       throw .machine("\(MovingFault.differs(what: what, there: there, here: here))")
     }
+    let lacks = there.lacks(saver.description)
+    guard lacks.isEmpty else {
+      throw .machine("\(MovingFault.lacks(engine: saver.description.engine, lacks))")
+    }
   }
 
   func arrive(_ state: StateNode) throws(MigrationError) {
@@ -150,11 +154,15 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
 /// What this side says of a machine that cannot come.
 enum MovingFault: CustomStringConvertible {
   case differs(what: String, there: String, here: String)
+  case lacks(engine: String, [String])
 
   var description: String {
     switch self {
     case .differs(let what, let there, let here):
       "the machine has \(what) \(there), and the destination \(here): start it with the options of the source"
+    case .lacks(let engine, let what):
+      "engine \(engine) of the destination lacks what the guest has seen: \(what.joined(separator: ", ")); "
+        + "a machine that is to change engines is started with --cpu common"
     }
   }
 }

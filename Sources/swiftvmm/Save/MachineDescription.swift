@@ -15,7 +15,7 @@ struct MachineDescription: Equatable {
   }
 
   static let nodeName = "configuration"
-  private static let version: UInt32 = 3
+  private static let version: UInt32 = 4
   private static let maximumText = 4096
 
   var engine: String
@@ -27,11 +27,30 @@ struct MachineDescription: Equatable {
   var hasAgent = false
   /// The policy's identity, empty where there is none; since version 3, in the same way.
   var hardening = ""
+  /// What the guest has seen of its processor; since version 4, before which it goes on only in the engine it was in.
+  var processor: Processor?
 
-  init(_ machine: Machine, engine: String, hasAgent: Bool, disks: RunDisks?, hardening: HardeningPolicy?) {
+  /// A processor that a guest has seen.
+  struct Processor: Equatable {
+    /// `--cpu`.
+    var model: String
+    /// Ticks of the time-stamp counter a millisecond.
+    var counterKilohertz: UInt32
+    var cpuid: [CPUIDLeaf]
+    /// Whether a counter of another rate can be had here; in no file.
+    var isCounterScaled = false
+  }
+
+  init(
+    _ machine: Machine, engine: any Accelerator, cpu: CPUModel, hasAgent: Bool, disks: RunDisks?,
+    hardening: HardeningPolicy?
+  ) {
     self.hardening = hardening?.identity ?? ""
-    self.engine = engine
+    self.engine = engine.name
     self.hasAgent = hasAgent
+    processor = Processor(
+      model: cpu.rawValue, counterKilohertz: machine.counterKilohertz, cpuid: machine.cpuid,
+      isCounterScaled: engine.capabilities.contains(.tscScaling))
     cpus = UInt32(machine.vcpus.count)
     memory = machine.memory.size
     controllers = "\(machine.virtualMachine.interrupts)"
@@ -68,6 +87,7 @@ struct MachineDescription: Equatable {
     }
     if version >= 2 { hasAgent = try reader.read() }
     if version >= 3 { hardening = try reader.readString(limit: Self.maximumText) }
+    if version >= 4 { processor = try Processor(&reader) }
   }
 
   var node: StateNode {
@@ -85,6 +105,7 @@ struct MachineDescription: Equatable {
       }
       writer.write(hasAgent)
       writer.write(hardening)
+      processor?.write(to: &writer)
     }
   }
 
@@ -97,10 +118,12 @@ struct MachineDescription: Equatable {
       for (index, disk) in disks.enumerated() where index < other.disks.count { other.disks[index].path = disk.path }
       return difference(from: other)
     }
-    if engine != here.engine { return ("--engine", engine, here.engine) }
+    if processor == nil {
+      if engine != here.engine { return ("--engine", engine, here.engine) }
+      if controllers != here.controllers { return ("interrupt controllers", controllers, here.controllers) }
+    }
     if cpus != here.cpus { return ("--cpus", "\(cpus)", "\(here.cpus)") }
     if memory != here.memory { return ("--memory", "\(memory >> 10)K", "\(here.memory >> 10)K") }
-    if controllers != here.controllers { return ("interrupt controllers", controllers, here.controllers) }
     if hasAgent != here.hasAgent { return ("--agent", hasAgent ? "yes" : "no", here.hasAgent ? "yes" : "no") }
     if hardening != here.hardening {
       let text = { (identity: String) in identity.isEmpty ? "none" : "of policy \(identity)" }

@@ -1,3 +1,4 @@
+import Accelerator
 import BlockLayer
 import GuestMemory
 import Host
@@ -13,12 +14,17 @@ final class MachineSaver: Sendable {
   private static let version: UInt32 = 1
 
   let machine: Machine
-  private let engine: String
+  private let engine: any Accelerator
+  private let cpu: CPUModel
   let disks: DiskControl?
   private let hasAgent: Bool
   private let hardening: HardeningPolicy?
 
-  init(_ machine: Machine, engine: String, disks: DiskControl?, hasAgent: Bool, hardening: HardeningPolicy?) {
+  init(
+    _ machine: Machine, engine: any Accelerator, cpu: CPUModel, disks: DiskControl?, hasAgent: Bool,
+    hardening: HardeningPolicy?
+  ) {
+    self.cpu = cpu
     self.hasAgent = hasAgent
     self.hardening = hardening
     self.machine = machine
@@ -97,7 +103,8 @@ final class MachineSaver: Sendable {
 
   /// What the machine is made of.
   var description: MachineDescription {
-    MachineDescription(machine, engine: engine, hasAgent: hasAgent, disks: disks?.disks, hardening: hardening)
+    MachineDescription(
+      machine, engine: engine, cpu: cpu, hasAgent: hasAgent, disks: disks?.disks, hardening: hardening)
   }
 
   /// Makes durable what the guest has written to its disks.
@@ -162,6 +169,8 @@ final class MachineSaver: Sendable {
       if let (what, then, now) = description.difference(from: here) {
         throw .differs(path: path, what: what, saved: then, here: now)
       }
+      let lacks = description.lacks(here)
+      guard lacks.isEmpty else { throw .lacks(path: path, engine: here.engine, lacks) }
       if verify { try saved.verifyMemory() }
       try saved.map(into: machine.memory)
       return state
