@@ -123,8 +123,8 @@ let package = Package(
     library(
       "Machine",
       [
-        "Accelerator", "BlockLayer", "Boot", "DeviceModel", "GuestMemory", "Host", "PlatformDevices", "StateTree",
-        "Virtio", "X86",
+        "Accelerator", "BlockLayer", "Boot", "DeviceModel", "GuestMemory", "Host", "MemoryViews", "PlatformDevices",
+        "StateTree", "Virtio", "X86",
       ]),
 
     // Its faces.

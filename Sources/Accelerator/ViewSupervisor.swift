@@ -1,3 +1,4 @@
+import MemoryViews
 import StateTree
 
 /// Decides what vCPUs may do with guest-physical memory, by views; loader hardening does. Everything but `attach` is
@@ -9,6 +10,8 @@ public protocol ViewSupervisor: AnyObject, Sendable {
   func attach(_ machine: any VirtualMachine, _ vcpus: [any VirtualCPU]) throws(AcceleratorError)
   /// The machine starts anew: nothing is registered any more. While no vCPU runs.
   func reset() throws(AcceleratorError)
+  /// The views that vCPUs may be in.
+  var memoryViews: [MemoryView] { get }
   /// A guest reads the port: arguments are in the vCPU's registers, the answer is what it reads.
   func call(_ vcpu: any VirtualCPU) throws(AcceleratorError) -> UInt32
   /// An access that the active view forbids. nil where the vCPU goes on, else why the machine stops.

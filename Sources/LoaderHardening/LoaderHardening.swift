@@ -133,6 +133,9 @@ public final class LoaderHardening: ViewSupervisor {
     public var ranges: [MemoryView.Run]
   }
 
+  /// The kernel's and the loader's.
+  public var memoryViews: [MemoryView] { machine.withLock { $0 }.map { [$0.kernel, $0.loader] } ?? [] }
+
   /// The two views as they are now.
   public var views: [Summary] {
     guard let attached = machine.withLock({ $0 }) else { return [] }

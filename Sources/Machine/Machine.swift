@@ -4,6 +4,7 @@ import Boot
 import DeviceModel
 import GuestMemory
 import Host
+import MemoryViews
 import PlatformDevices
 import StateTree
 import Synchronization
@@ -93,6 +94,9 @@ public final class Machine: MachineControl {
 
   /// Nanoseconds of virtual time since the start; nil where time is the host's.
   public var virtualTime: UInt64? { virtualClock?.now() }
+
+  /// The views that the vCPUs obey, if any.
+  public var memoryViews: [MemoryView] { supervisor?.memoryViews ?? [] }
 
   /// How the run has ended; nil while it has not.
   public var result: Outcome? { outcome.withLock { $0 } }

@@ -347,6 +347,43 @@ struct MigrateTests {
     return data[number(48)..<number(48) + number(56)]
   }
 
+  /// What the guest's own agent says of its pages: needed ones come second, filled ones last, and free ones never, but for those that the
+  /// guest takes back meanwhile, which it verifies there.
+  @Test(arguments: engines)
+  func theGuestsHintsAreFollowed(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let arguments = [
+      "dirty", "--engine", engine, "--memory", "96M", "--time-limit", "600", "--agent", "--append",
+      "agent set=8 fill=8 readonly=4 free=16 reuse=300 rate=2000 seconds=0 jump=20000 skew=20000",
+    ]
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    let uri = "unix:\(folder.path)/move"
+    let next = try destination(arguments, at: uri)
+    try machine.execute(
+      "migrate-set-parameters", ["x-swiftvmm-trace": folder.path + "/trace", "max-bandwidth": 20 << 20])
+    let result = try move(machine, to: uri)
+    try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
+    let trace = try MigrationTraceReader(folder.path + "/trace", pages: 96 << 8)
+    #expect(trace.firstRoundIsInOrder)
+    #expect((1000...2048).contains(trace.first["prioritized"] ?? 0), "\(trace.first)")
+    #expect((2000...2048).contains(trace.first["deprioritized"] ?? 0), "\(trace.first)")
+    // The free area ends with the last page that was never sent; what was sent of it had been written.
+    let unsent = trace.sent.indices.filter { trace.sent[$0] == 0 }
+    let last = try #require(unsent.last)
+    let own = try #require(result["x-swiftvmm"] as? [String: Any])
+    let ignored = try #require((own["classes"] as? [String: Int])?["ignored"])
+    let taken = (last - ignored + 1...last).count { trace.sent[$0] > 0 }
+    #expect(unsent.count + taken == ignored && unsent.count > 1000, "\(ignored) \(unsent.count) \(taken)")
+    #expect(taken > 0, "\(own)")
+    #expect(next.waitFor("dirty: pass", count: 3), "\(next.text)")
+    #expect(!next.text.contains("FAIL"), "\(next.text)")
+    // The agent goes on there.
+    let hello = try #require(try next.execute("x-swiftvmm-query-agent") as? [String: Any])
+    #expect(hello["open"] as? Bool == true)
+    try next.execute("x-swiftvmm-agent", ["request": "ping"])
+  }
+
   /// Whatever cannot go is refused, and the machine goes on where it is.
   @Test(arguments: engines)
   func refusalsLeaveTheMachine(engine: String) throws {
@@ -503,6 +540,8 @@ struct MigrationTraceReader {
   private(set) var sent: [Int]
   /// The first round's iterations rise, and each has the classes that docs/migration.md says.
   private(set) var firstRoundIsInOrder = true
+  /// Pages that it sent, by class.
+  private(set) var first: [String: Int] = [:]
 
   init(_ path: String, pages: Int) throws {
     sent = [Int](repeating: 0, count: pages)
@@ -512,6 +551,7 @@ struct MigrationTraceReader {
       let run = try JSONDecoder().decode(Line.self, from: Data(line.utf8))
       for page in run.first..<run.first + run.count { sent[page] += 1 }
       guard run.round == 1 else { continue }
+      first[run.class, default: 0] += run.count
       let isDeprioritized = run.class == "deprioritized"
       let isRight =
         run.iteration >= last.iteration && classes[run.iteration]?.contains(run.class) == true

@@ -40,6 +40,9 @@ struct Areas {
 
   func pages(_ area: Int) -> UInt64 { areas[area].pages }
 
+  /// The number of an area's first page, and how many it has.
+  func place(_ area: Int) -> (first: UInt64, pages: UInt64) { (areas[area].address / 4096, areas[area].pages) }
+
   func describe(to worker: UnsafeMutablePointer<dirty_worker>) {
     worker.pointee.area = (areas[0], areas[1], areas[2], areas[3])
     worker.pointee.pool = pool

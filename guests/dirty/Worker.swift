@@ -21,6 +21,8 @@ final class Worker {
   var isHurried: Bool { rate == 0 && own > 0 }
   var written: UInt64 { state.pointee.written }
   var verified: UInt64 { state.pointee.verified }
+  /// Free pages that have been taken back.
+  var taken: UInt64 { state.pointee.reused }
   var passes: UInt64 { own == 0 ? 0 : written / own }
 
   init(_ number: Int, of processors: UInt64, _ areas: Areas) {

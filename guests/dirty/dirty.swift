@@ -8,6 +8,8 @@ private let ended = Atomic<Bool>(false)
 private let finished = Atomic<Int>(0)
 nonisolated(unsafe) private var workers = InlineArray<64, Worker?>(repeating: nil)
 nonisolated(unsafe) private var timerCount: UInt32 = 0
+/// With the option `agent`, on the first processor.
+nonisolated(unsafe) private var hints: Hints?
 
 enum Report {
   /// Held while a line is printed.
@@ -31,6 +33,7 @@ func guestMain() {
   timerCount = UInt32(truncatingIfNeeded: max(1, timerRate() / 100))
   sayPart("dirty: \(areas.pages(DIRTY_SET)) pages, \(areas.pages(DIRTY_FILL)) filled, ")
   say("\(areas.pages(DIRTY_READ_ONLY)) read-only, \(areas.pages(DIRTY_FREE)) free")
+  if StartInfo.flag("agent") { hints = Hints(areas) }
   started.store(true, ordering: .releasing)
   LocalAPIC.send(tickVector, to: .others)
   work(0)
@@ -75,6 +78,7 @@ private func work(_ number: Int) {
   while !ended.load(ordering: .acquiring) {
     worker.round()
     if number == 0 {
+      hints?.look(taken: worker.taken)
       let now = worker.clocks.milliseconds
       if now >= next {
         next = now / 1000 * 1000 + 1000

@@ -62,7 +62,8 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
     let processors = registers.compactMap { registers in
       registers.map { PagingRegisters(cr0: $0.cr0, cr3: $0.cr3, cr4: $0.cr4, efer: $0.efer) }
     }
-    return PageClassMap(memory: memory, processors: processors, hints: agent?.pageHints() ?? [])
+    return PageClassMap(
+      memory: memory, processors: processors, views: machine.memoryViews, hints: agent?.pageHints() ?? [])
   }
 
   func throttle(_ percent: Int) { throttle.set(percent) }
