@@ -175,6 +175,7 @@ public final class MigrationSource: Sendable {
       throw .machine("there is no order \(parameters.order)")
     }
     var lastLook = monotonicNanoseconds()
+    var nextBytes = bytesAtLook(sender)
     var rest = PageSet(pages: later.words.count << 6)
     var goesOn = !wantsPostCopy
     while let run = order.next() {
@@ -184,11 +185,12 @@ public final class MigrationSource: Sendable {
           continue
         }
         let now = monotonicNanoseconds()
-        if now - lastLook > Self.lookInterval {
+        if now - lastLook > Self.lookInterval || sender.bytes > nextBytes {
           try sender.sendWaiting()
           later.formUnion(try machine.takeDirtyPages())
           lastLook = monotonicNanoseconds()
           goesOn = try pace(sender, started)
+          nextBytes = bytesAtLook(sender)
         }
         try sender.add(OrderedRun(pages: pages, iteration: run.iteration, pageClass: run.pageClass)) {
           !isLinear && later[$0]
@@ -196,6 +198,8 @@ public final class MigrationSource: Sendable {
       }
     }
     try sender.sendWaiting()
+    // How long the round took says what the links carry.
+    if goesOn { _ = try pace(sender, started) }
     later.formUnion(try machine.takeDirtyPages())
     later.formUnion(sender.notZeros(of: rest).words)
     progress.update {
@@ -209,6 +213,11 @@ public final class MigrationSource: Sendable {
   /// Often enough to see what is hot; each look has the accelerator forget which pages are known to be written.
   private static let lookInterval: UInt64 = 20_000_000
 
+  /// Bytes in all at which it is time to look again: what the bandwidth allows between two looks.
+  private func bytesAtLook(_ sender: PageSender) -> UInt64 {
+    parameters.bandwidth == 0 ? .max : sender.bytes + parameters.bandwidth / (1_000_000_000 / Self.lookInterval)
+  }
+
   private func dirtyCounts(_ dirty: PageSet) -> DirtyCounts {
     var counts = DirtyCounts(pages: Int(machine.memory.size >> 12))
     counts.add(dirty.words)
@@ -221,6 +230,7 @@ public final class MigrationSource: Sendable {
   ) throws(MigrationError) -> PageSet {
     let round = sender.begin(round: progress.now.rounds.count + 1, started)
     var dirty = try sender.addAgain(pages) { () throws(MigrationError) in try pace(sender, started) }
+    _ = try pace(sender, started)
     dirty.formUnion(try machine.takeDirtyPages())
     finish(round, sender, dirty, throttle: throttle)
     return dirty

@@ -408,6 +408,47 @@ struct MigrateTests {
     #expect(!machine.text.contains("FAIL"), "\(machine.text)")
   }
 
+  /// A guest that writes faster than the links carry is told of as one: what its pause would be, why it does not end, and how much its vCPUs
+  /// are slowed.
+  @Test(arguments: engines)
+  func aStallIsToldOf(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let arguments = [
+      "dirty", "--engine", engine, "--memory", "64M", "--time-limit", "600", "--append",
+      "set=8 seconds=0 jump=20000 skew=20000",
+    ]
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    let uri = "unix:\(folder.path)/move"
+    let next = try destination(arguments, at: uri)
+    try machine.execute("migrate-set-parameters", ["max-bandwidth": 8 << 20, "downtime-limit": 1])
+    try machine.execute(
+      "migrate-set-capabilities", ["capabilities": [["capability": "auto-converge", "state": true]]])
+    try machine.execute("migrate", ["uri": uri])
+    var stall: String?
+    var throttle = 0
+    var expected = 0
+    for _ in 0..<3000 where throttle == 0 || stall == nil {
+      let result = try state(machine)
+      try #require(["setup", "active"].contains(result["status"] as? String ?? ""), "\(result)")
+      let own = result["x-swiftvmm"] as? [String: Any]
+      if let text = own?["stall"] as? String {
+        stall = text
+        expected = result["expected-downtime"] as? Int ?? 0
+      }
+      throttle = (own?["rounds"] as? [[String: Any]])?.last?["throttle"] as? Int ?? 0
+      usleep(20_000)
+    }
+    print("\(engine): \(stall ?? "no stall"); expected \(expected) ms, throttled by \(throttle) per cent")
+    #expect(stall != nil && throttle >= 20, "\(throttle)")
+    #expect(expected > 1)
+    try machine.execute("migrate_cancel")
+    #expect(next.waitUntilExit() == 74)
+    let before = passes(machine)
+    #expect(machine.waitFor("dirty: pass", count: before + 2), "\(machine.text)")
+    #expect(!machine.text.contains("FAIL"), "\(machine.text)")
+  }
+
   /// A cancelled migration leaves the machine where it is, and it can be moved then.
   @Test(arguments: engines)
   func aCancelledMoveCanBeTriedAgain(engine: String) throws {
