@@ -12,10 +12,12 @@ struct Translation {
   var isLarge: Bool
 }
 
-/// The page table that the last walk ended in, and what the levels above it leave of the rights: a paging-structure cache of
-/// one entry (SDM vol. 3, 4.10.3). It goes with the context of the CPU's translations.
+/// The page table that the last walk ended in, or the directory of a large page, and what the levels above it leave of the
+/// rights: a paging-structure cache of one entry (SDM vol. 3, 4.10.3). It goes with the context of the CPU's translations.
 struct PageTableCache {
-  /// Bits 63:21 of the linear addresses that the table translates; `none` holds no table.
+  /// 1 for a page table, 2 for a directory.
+  var level: UInt64 = 1
+  /// The upper bits of the linear addresses that the table translates, from `shift` on; `none` holds no table.
   var region = none
   /// The table's guest-physical address.
   var table: UInt64 = 0
@@ -23,6 +25,9 @@ struct PageTableCache {
   var rights: UInt64 = 0
 
   static let none: UInt64 = ~0
+
+  @inline(__always)
+  var shift: UInt64 { 12 &+ 9 &* level }
 }
 
 /// The guest's page tables as the CPU walks them (SDM vol. 3, chapter 4): A and D are set with atomic updates.
@@ -55,8 +60,8 @@ extension Processor {
     if !isLong { reserved |= 0x7ff0_0000_0000_0000 }
     /// The rights that all levels leave: R/W and U/S as in an entry, and XD inverted.
     var rights: UInt64 = PageTableEntry.writable.rawValue | PageTableEntry.user.rawValue | 1 << 63
-    if linear >> 21 == lastTable.region {
-      level = 1
+    if linear >> lastTable.shift == lastTable.region {
+      level = lastTable.level
       table = lastTable.table
       rights = lastTable.rights
     }
@@ -104,7 +109,10 @@ extension Processor {
       }
       table = entry & Self.addressMask
       level &-= 1
-      if level == 1 { lastTable = PageTableCache(region: linear >> 21, table: table, rights: rights) }
+      if level <= 2 {
+        lastTable = PageTableCache(level: level, table: table, rights: rights)
+        lastTable.region = linear >> lastTable.shift
+      }
     }
   }
 

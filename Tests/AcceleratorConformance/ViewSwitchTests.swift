@@ -200,7 +200,7 @@ import Testing
   }
 
   /// What a guest does to its translations in one view it has done in the other.
-  @Test(arguments: AcceleratorUnderTest.withViews, ["cr3", "invlpg"])
+  @Test(arguments: AcceleratorUnderTest.withViews, ["cr3", "invlpg", "table", "directory"])
   func invalidationsHoldInEveryView(_ subject: AcceleratorUnderTest, _ way: String) throws {
     let machine = try make(subject)
     let views = try (0..<2).map { _ in try machine.machine.makeView(base: nil) }
@@ -217,8 +217,9 @@ import Testing
     try machine.start("long") {
       $0.rdi = 0x4000_0000
       $0.rax = 0x11000
-      $0.rsi = 0xa000
-      $0.rdx = 0x10_1007
+      // The page's entry, that of its table, or that of the table's directory.
+      $0.rsi = way == "directory" ? 0x2008 : way == "table" ? 0x9000 : 0xa000
+      $0.rdx = way == "directory" ? 0x13007 : way == "table" ? 0x14007 : 0x10_1007
     }
     // mov cr3, rax; or mov [rsi], rdx; invlpg [rdi]
     let change: [UInt8] = way == "cr3" ? [0x0f, 0x22, 0xd8] : [0x48, 0x89, 0x16, 0x0f, 0x01, 0x3f]
