@@ -14,7 +14,11 @@ public final class Condition<Value>: @unchecked Sendable {
     mutex = .allocate(capacity: 1)
     changed = .allocate(capacity: 1)
     pthread_mutex_init(mutex, nil)
-    pthread_cond_init(changed, nil)
+    var attributes = pthread_condattr_t()
+    pthread_condattr_init(&attributes)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+    pthread_cond_init(changed, &attributes)
+    pthread_condattr_destroy(&attributes)
   }
 
   deinit {
@@ -44,6 +48,20 @@ public final class Condition<Value>: @unchecked Sendable {
         return result
       }
       pthread_cond_wait(changed, mutex)
+    }
+  }
+
+  /// Sleeps until `body` returns a result, or until `deadline`, in nanoseconds of the monotonic clock: then nil.
+  public func wait<Result>(until deadline: UInt64, _ body: (inout Value) -> Result?) -> Result? {
+    var time = timespec(tv_sec: Int(deadline / 1_000_000_000), tv_nsec: Int(deadline % 1_000_000_000))
+    pthread_mutex_lock(mutex)
+    defer { pthread_mutex_unlock(mutex) }
+    while true {
+      if let result = body(&value) {
+        pthread_cond_broadcast(changed)
+        return result
+      }
+      if pthread_cond_timedwait(changed, mutex, &time) == ETIMEDOUT { return body(&value) }
     }
   }
 }

@@ -14,6 +14,7 @@ public final class MigrationDestination: @unchecked Sendable {
   private let machine: any ArrivingMachine
   private let door: Door
   private let credentials: TLSCredentials?
+  private let linkTime: Int
   private let onRefusal: @Sendable (MigrationError) -> Void
   private let state = Condition(State())
 
@@ -45,14 +46,15 @@ public final class MigrationDestination: @unchecked Sendable {
   /// How long a source that was cut off at the hand-over may take to ask, in seconds.
   private static let questionTime = 30
 
-  /// A destination that listens; with `credentials` it takes sources by TLS alone. `onRefusal` is told why one was turned away
-  /// before it was known what it wants.
+  /// A destination that listens; with `credentials` it takes sources by TLS alone. A source may take `linkTime` seconds from
+  /// one link to the next. `onRefusal` is told why one was turned away before it was known what it wants.
   public init(
     _ machine: any ArrivingMachine, on listener: consuming StreamListener, credentials: TLSCredentials? = nil,
-    onRefusal: @escaping @Sendable (MigrationError) -> Void = { _ in },
+    linkTime: Int = 10, onRefusal: @escaping @Sendable (MigrationError) -> Void = { _ in },
     onStatus: @escaping @Sendable (MigrationProgress.Status) -> Void = { _ in }
   ) {
     self.credentials = credentials
+    self.linkTime = linkTime
     self.onRefusal = onRefusal
     progress = MigrationProgress(onStatus)
     self.machine = machine
@@ -150,10 +152,23 @@ public final class MigrationDestination: @unchecked Sendable {
     try? link.send(isTaken ? .taken : .notTaken)
   }
 
+  /// Waits until all links of a source have come. One that goes before it has made them all, as where it is killed, is forgotten:
+  /// another one may come.
   private func waitForLinks() -> [MigrationLink] {
-    state.wait { state -> [MigrationLink]? in
-      guard state.wanted > 0, state.links.count == state.wanted else { return nil }
-      return (0..<state.wanted).compactMap { state.links[$0] }
+    while true {
+      let known = state.wait { state in state.links.isEmpty ? nil : state.links.count }
+      let deadline = monotonicNanoseconds() + UInt64(linkTime) * 1_000_000_000
+      let more = state.wait(until: deadline) { state -> [MigrationLink]?? in
+        if state.links.count == state.wanted { return (0..<state.wanted).compactMap { state.links[$0] } }
+        return state.links.count > known ? .some(nil) : nil
+      }
+      if let links = more ?? nil { return links }
+      guard more == nil else { continue }
+      let left = state.withLock { state in
+        defer { (state.session, state.wanted, state.links) = (nil, 0, [:]) }
+        return state.links.values
+      }
+      for link in left { link.shut() }
     }
   }
 

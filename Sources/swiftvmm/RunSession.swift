@@ -124,10 +124,21 @@ struct RunSession {
     return options.smpThreads == .off ? "--smp-threads off" : nil
   }
 
+  /// A loop for what ends a run, signals and the time limit, where the machine is still to come: its own does not run yet.
+  private static func watch() throws(Failure) -> EventLoop {
+    do throws(HostError) { return try EventLoop() } catch { throw .host(error) }
+  }
+
+  private static func run(_ loop: EventLoop) throws(Failure) -> HostThread {
+    do throws(HostError) { return try HostThread(name: "watch") { loop.run() } } catch { throw .host(error) }
+  }
+
   /// Runs to the end and returns the exit status.
   func run() throws(Failure) -> Int32 {
     let started = monotonicNanoseconds()
-    let signals = try Signals(machine)
+    let isAwaited = options.incoming != nil
+    let watch = try isAwaited ? Self.watch() : machine.loop
+    let signals = try Signals(machine, on: watch)
     defer { withExtendedLifetime(signals) {} }
     let objects = TLSObjects()
     let control = disks.map { DiskControl(machine, $0, objects) }
@@ -172,7 +183,14 @@ struct RunSession {
     try console.attach(machine)
     let bounds = hardening?.watch(machine)
     defer { bounds?.cancel() }
-    let timer = machine.loop.makeTimer { [machine] in machine.finish(.timeLimit) }
+    let watcher = try isAwaited ? Self.run(watch) : nil
+    defer {
+      if let watcher {
+        watch.stop()
+        watcher.join()
+      }
+    }
+    let timer = watch.makeTimer { [machine] in machine.finish(.timeLimit) }
     if let limit = options.timeLimit { timer.arm(at: started + UInt64(limit * 1e9)) }
     let hasCome = Mutex<MigrationError?>(nil)
     if let incoming {

@@ -8,12 +8,12 @@ final class Signals: Sendable {
   private let descriptor: FileDescriptor
 
   /// Blocks the signals before any thread is started, so that only the loop sees them.
-  init(_ machine: Machine) throws(Failure) {
+  init(_ machine: Machine, on loop: EventLoop) throws(Failure) {
     signal(SIGPIPE, SIG_IGN)
     do {
       descriptor = FileDescriptor(
         owning: try check("signalfd", clinux_signal_descriptor([SIGINT, SIGTERM, SIGHUP], 3)))
-      try machine.loop.add(descriptor.rawValue, .readable) { [weak machine] _ in machine?.finish(.interrupted) }
+      try loop.add(descriptor.rawValue, .readable) { [weak machine] _ in machine?.finish(.interrupted) }
     } catch {
       throw .host(error)
     }

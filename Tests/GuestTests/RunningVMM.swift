@@ -72,6 +72,8 @@ final class RunningVMM {
     return try #require(event, "\(name) did not come: \(text.suffix(2000))")
   }
 
+  func signal(_ number: Int32) { Foundation.kill(process.processIdentifier, number) }
+
   /// Kills it.
   func kill() {
     Foundation.kill(process.processIdentifier, SIGKILL)

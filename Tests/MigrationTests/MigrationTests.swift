@@ -66,6 +66,22 @@ struct MigrationTests {
     }
   }
 
+  /// A source that goes before it has made all of its links leaves the place to the next one.
+  @Test func aSourceThatMakesHalfOfItsLinksIsForgotten() throws {
+    let folder = try TestFolder()
+    let place = StreamEndpoint.unix(path: folder.path + "/socket")
+    let destination = try FakeDestination()
+    let arriving = MigrationDestination(destination, on: try StreamListener(place), linkTime: 1)
+    let thread = try HostThread(name: "destination") { try? arriving.run() }
+    let half = try MigrationLink.connect(place)
+    try half.send(MigrationGreeting(.move, link: 1, of: 2, session: [1, 2]).bytes)
+    #expect(throws: MigrationError.self) { try half.receiveAnswer(.accept) }
+    let source = try FakeSource()
+    try MigrationSource(source, to: place, MigrationParameters()).run()
+    thread.join()
+    #expect(source.state == .away && destination.state == .running)
+  }
+
   /// A page that is called ignored and is written during the migration arrives.
   @Test func anIgnoredPageThatIsWrittenArrives() throws {
     let folder = try TestFolder()
