@@ -154,6 +154,9 @@ let package = Package(
     tests("HostTests", ["Host"]),
     // What the tests of encrypted streams need.
     .target(name: "TestCertificates", path: "Tests/Support/TestCertificates"),
+    // Connections that are cut.
+    .target(
+      name: "TestRelay", dependencies: ["Host"], path: "Tests/Support/TestRelay", swiftSettings: strict),
     tests("TLSTests", ["Host", "TLS", "TestCertificates"]),
     tests("GuestMemoryTests", ["GuestMemory", "Host"]),
     tests("MemoryViewsTests", ["GuestMemory", "MemoryViews"]),
@@ -163,6 +166,7 @@ let package = Package(
       "MigrationTests",
       [
         "GuestMemory", "Host", "MemoryViews", "Migration", "PageClasses", "StateTree", "TLS", "TestCertificates",
+        "TestRelay",
       ]),
     tests("SavedMachineTests", ["GuestMemory", "Host", "SavedMachine", "StateTree"]),
     tests("JSONTests", ["JSON"]),
@@ -218,6 +222,6 @@ let package = Package(
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("GuestAgentTests", ["GuestAgent", "JSON", "PageClasses"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
-    tests("GuestTests", ["Boot", "Host", "TestCertificates"], exclude: ["Fixtures"]),
+    tests("GuestTests", ["Boot", "Host", "TestCertificates", "TestRelay"], exclude: ["Fixtures"]),
   ] + fuzzers
 )

@@ -572,22 +572,6 @@ struct MigrateTests {
   private func status(_ machine: RunningVMM) -> String {
     ((try? machine.execute("query-migrate") as? [String: Any])?["status"] as? String) ?? "none"
   }
-
-  private func freePort() throws -> UInt16 {
-    let descriptor = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
-    defer { close(descriptor) }
-    var address = sockaddr_in()
-    address.sin_family = sa_family_t(AF_INET)
-    address.sin_addr.s_addr = UInt32(0x7f00_0001).bigEndian
-    var length = socklen_t(MemoryLayout<sockaddr_in>.size)
-    let status = withUnsafeMutablePointer(to: &address) {
-      $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-        bind(descriptor, $0, length) == 0 ? getsockname(descriptor, $0, &length) : -1
-      }
-    }
-    try #require(status == 0)
-    return UInt16(bigEndian: address.sin_port)
-  }
 }
 
 /// Reads a trace on its own account: what was sent how often, and in which order.

@@ -16,22 +16,6 @@ struct TLSGuestTests {
     certificates = try TestCertificates()
   }
 
-  private func freePort() throws -> UInt16 {
-    let socket = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
-    defer { close(socket) }
-    var address = sockaddr_in()
-    address.sin_family = sa_family_t(AF_INET)
-    address.sin_addr.s_addr = inet_addr("127.0.0.1")
-    var length = socklen_t(MemoryLayout<sockaddr_in>.size)
-    let result = withUnsafeMutablePointer(to: &address) { pointer in
-      pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-        bind(socket, $0, length) == 0 && getsockname(socket, $0, &length) == 0
-      }
-    }
-    try #require(result)
-    return UInt16(bigEndian: address.sin_port)
-  }
-
   private let dirty = [
     "dirty", "--engine", "soft", "--memory", "96M", "--time-limit", "600", "--append",
     "set=16 fill=16 readonly=4 free=4 reuse=50 pattern=hot seconds=0 jump=20000 skew=20000",

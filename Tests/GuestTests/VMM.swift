@@ -1,4 +1,5 @@
 import Foundation
+import Host
 
 /// The real executable, run to its end.
 struct VMM {
@@ -82,6 +83,13 @@ func hostTool(_ arguments: [String]) throws -> (status: Int32, output: String) {
   let output = pipe.fileHandleForReading.readDataToEndOfFile()
   process.waitUntilExit()
   return (process.terminationStatus, String(decoding: output, as: UTF8.self))
+}
+
+/// A TCP port of the loopback address that nobody listens at.
+func freePort() throws -> UInt16 {
+  let listener = try StreamListener(.tcp(host: "127.0.0.1", port: 0))
+  guard case .tcp(_, let port) = listener.endpoint else { throw HostError.endpoint("\(listener.endpoint)") }
+  return port
 }
 
 /// A folder that goes away with its owner.

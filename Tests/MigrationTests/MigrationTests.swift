@@ -4,6 +4,7 @@ import Host
 import PageClasses
 import StateTree
 import Synchronization
+import TestRelay
 import Testing
 
 @testable import Migration
@@ -100,36 +101,43 @@ struct MigrationTests {
   @Test func aCutLinkLeavesOneMachine() throws {
     let folder = try TestFolder()
     let cuts = ProcessInfo.processInfo.environment["SWIFTVMM_CUTS"].flatMap { Int($0) } ?? 60
-    let whole = try Proxy(to: folder.path + "/whole", at: folder.path + "/w", limit: nil)
+    let whole = try Relay(at: .unix(path: folder.path + "/w"), to: .unix(path: folder.path + "/whole"))
     var parameters = MigrationParameters()
     parameters.links = 1
     let first = try FakeSource()
     _ = try migrate(first, FakeDestination(), at: folder.path + "/whole", by: folder.path + "/w", parameters)
-    let length = whole.passed
-    #expect(length > 100_000)
+    let (length, answered) = (whole.passed, whole.answered)
+    #expect(length > 100_000 && answered == 24)
     var ends: [String: Int] = [:]
-    for cut in 0..<cuts {
-      // The last bytes are those of the hand-over: each of them once.
-      let limit = cut < 20 ? length - cut : Int.random(in: 0..<length)
+    for index in 0..<cuts {
+      // The last bytes there are those of the hand-over, and all bytes back are answers: each of them once.
+      let cut =
+        switch index {
+        case ..<20: Relay.Cut(.forth, after: length - 1 - index)
+        case ..<44: Relay.Cut(.back, after: index - 20)
+        default: Relay.Cut(.forth, after: Int.random(in: 0..<length))
+        }
       let (source, destination) = (try FakeSource(), try FakeDestination())
-      let place = "\(folder.path)/d\(cut)"
-      let proxy = try Proxy(to: place, at: "\(folder.path)/p\(cut)", limit: limit)
-      let result = try migrate(source, destination, at: place, by: "\(folder.path)/p\(cut)", parameters)
-      proxy.stop()
+      let place = "\(folder.path)/d\(index)"
+      let relay = try Relay(at: .unix(path: "\(folder.path)/p\(index)"), to: .unix(path: place), cut: cut)
+      let result = try migrate(source, destination, at: place, by: "\(folder.path)/p\(index)", parameters)
+      relay.stop()
+      #expect(relay.isCut, "\(cut)")
       switch (source.state, destination.state) {
       case (.running, .empty), (.running, .arrived):
         ends["kept", default: 0] += 1
-        #expect(result.there != nil && result.here != nil, "\(limit) of \(length): \(result)")
+        #expect(result.there != nil && result.here != nil, "\(cut) of \(length): \(result)")
         #expect(source.hasDisks && !destination.hasDisks)
       case (.away, .running):
         ends["moved", default: 0] += 1
         #expect(!source.hasDisks && destination.hasDisks)
         #expect(
           (0..<source.pages).allSatisfy { FakeSource.ignored.contains($0) || source.page($0) == destination.page($0) })
-      default: Issue.record("\(limit) of \(length): \(source.state) here, \(destination.state) there: \(result)")
+      default: Issue.record("\(cut) of \(length): \(source.state) here, \(destination.state) there: \(result)")
       }
     }
-    #expect(ends["kept", default: 0] > 0, "\(ends)")
+    // The machine has gone where the last answer is all that was lost.
+    #expect(ends["kept", default: 0] > 0 && ends["moved", default: 0] == min(cuts, 44) - min(cuts, 36), "\(ends)")
   }
 
   /// A destination that cannot open the disks gives the machine back.
@@ -147,7 +155,7 @@ struct MigrationTests {
   /// What is no stream of a source's is one error, and nothing runs.
   @Test func malformedStreamsAreRefused() throws {
     let folder = try TestFolder()
-    let recorder = try Proxy(to: folder.path + "/whole", at: folder.path + "/w", limit: nil)
+    let recorder = try Relay(at: .unix(path: folder.path + "/w"), to: .unix(path: folder.path + "/whole"))
     var parameters = MigrationParameters()
     parameters.links = 1
     _ = try migrate(FakeSource(), FakeDestination(), at: folder.path + "/whole", by: folder.path + "/w", parameters)

@@ -3,6 +3,7 @@ import GuestMemory
 import Host
 import StateTree
 import Synchronization
+import TestRelay
 import Testing
 
 @testable import Migration
@@ -123,32 +124,37 @@ struct PostCopyTests {
   @Test func aCutLinkIsMendedOrTheMachineIsHere() throws {
     let folder = try TestFolder()
     let cuts = ProcessInfo.processInfo.environment["SWIFTVMM_CUTS"].flatMap { Int($0) } ?? 24
-    let whole = try Proxy(to: folder.path + "/whole", at: folder.path + "/w", limit: nil, cutsAll: true)
+    let whole = try Relay(at: .unix(path: folder.path + "/w"), to: .unix(path: folder.path + "/whole"))
     var parameters = parameters
     parameters.links = 1
     _ = try migrate(FakeSource(), FakeDestination(), at: folder.path + "/whole", by: folder.path + "/w", parameters)
-    let length = whole.passed
+    let (length, answered) = (whole.passed, whole.answered)
     var ends: [String: Int] = [:]
-    for cut in 0..<cuts {
+    for index in 0..<cuts {
       // The first bytes are those of greetings and of the hand-over, which is done before pages go. Without a whole greeting
       // the destination goes on waiting for one.
-      let limit = Int.random(in: MigrationGreeting.size + 1..<(cut < cuts / 2 ? 1200 : length))
+      let cut =
+        switch index % 4 {
+        case 0: Relay.Cut(.forth, after: Int.random(in: MigrationGreeting.size..<length))
+        case 1: Relay.Cut(.back, after: Int.random(in: 0..<answered))
+        default: Relay.Cut(.forth, after: Int.random(in: MigrationGreeting.size..<1200))
+        }
       let (source, destination) = (try FakeSource(), try FakeDestination())
       destination.onGoOn = { _ = destination.page(3) == source.page(3) }
-      let place = "\(folder.path)/d\(cut)"
-      let proxy = try Proxy(to: place, at: "\(folder.path)/p\(cut)", limit: limit, cutsAll: true)
-      let outcome = try migrate(source, destination, at: place, by: "\(folder.path)/p\(cut)", parameters)
-      proxy.stop()
+      let place = "\(folder.path)/d\(index)"
+      let relay = try Relay(at: .unix(path: "\(folder.path)/p\(index)"), to: .unix(path: place), cut: cut)
+      let outcome = try migrate(source, destination, at: place, by: "\(folder.path)/p\(index)", parameters)
+      relay.stop()
       switch (source.state, destination.state) {
       case (.running, .empty), (.running, .arrived):
         ends["kept", default: 0] += 1
-        #expect(outcome.there != nil && outcome.here != nil, "\(limit) of \(length): \(outcome)")
+        #expect(outcome.there != nil && outcome.here != nil, "\(cut) of \(length): \(outcome)")
         #expect(source.hasDisks && !destination.memory.isArriving)
       case (.away, .running):
         ends["moved", default: 0] += 1
-        #expect(outcome.there == nil && outcome.here == nil, "\(limit) of \(length): \(outcome)")
+        #expect(outcome.there == nil && outcome.here == nil, "\(cut) of \(length): \(outcome)")
         expectAllOf(source, in: destination)
-      default: Issue.record("\(limit) of \(length): \(source.state) here, \(destination.state) there: \(outcome)")
+      default: Issue.record("\(cut) of \(length): \(source.state) here, \(destination.state) there: \(outcome)")
       }
     }
     #expect(ends["kept", default: 0] > 0 && ends["moved", default: 0] > 0, "\(ends)")

@@ -4,6 +4,7 @@ import Host
 import Synchronization
 import TLS
 import TestCertificates
+import TestRelay
 import Testing
 
 @testable import Migration
@@ -134,12 +135,13 @@ struct TLSMigrationTests {
       let place = "\(folder.path)/\(cut)"
       // The first one goes through; then each part of the hand-over is cut off, and anything after the greeting.
       let limit = cut == 0 ? nil : cut < 30 ? length - cut * 2 : Int.random(in: 8192..<length)
-      let proxy = try Proxy(to: place, at: place + "p", limit: limit)
+      let relay = try Relay(
+        at: .unix(path: place + "p"), to: .unix(path: place), cut: limit.map { Relay.Cut(.forth, after: $0) })
       let outcome = try migrate(
         source, destination, by: .unix(path: place), parameters, server(certificates), through: .unix(path: place + "p")
       )
-      proxy.stop()
-      if cut == 0 { length = proxy.passed }
+      relay.stop()
+      if cut == 0 { length = relay.passed }
       switch (source.state, destination.state) {
       case (.running, .empty), (.running, .arrived):
         ends["kept", default: 0] += 1
