@@ -149,6 +149,25 @@ struct EngineMoveTests {
     machine.kill()
   }
 
+  /// Processors that do nothing but interrupt one another, in either mode of their APICs: no interrupt is lost, and none comes twice.
+  @Test(arguments: [0, 1]) func interruptsBetweenProcessorsGoOn(x2apic: Int) throws {
+    let folder = try TemporaryFolder()
+    let arguments = [
+      "smp", "--cpu", "common", "--cpus", "2", "--memory", "16M", "--time-limit", "600", "--append",
+      "rounds=1000000 x2apic=\(x2apic)",
+    ]
+    var machine = try RunningVMM(arguments + ["--engine", "soft"])
+    for index in 0..<Self.moves {
+      #expect(machine.waitFor("interprocessor interrupts: ok", count: 2), "move \(index): \(machine.text)")
+      machine = try move(
+        machine, folder, to: arguments + Self.engines[index % Self.engines.count],
+        isPostCopy: index % 8 >= 4 && PostCopyHost.hasFaults)
+    }
+    #expect(machine.waitFor("interprocessor interrupts: ok", count: 2), "\(machine.text)")
+    #expect(machine.isRunning && !machine.text.contains("FAIL"), "\(machine.text)")
+    machine.kill()
+  }
+
   /// One line names everything that the guest has seen and would miss.
   @Test func whatIsLackingIsNamed() throws {
     let folder = try TemporaryFolder()

@@ -16,6 +16,10 @@ struct LinuxMigrateTests {
   private func arguments(_ disk: String, cpus: Int) -> [String] {
     let commands = [
       "mkdir /mnt", "mount -t ext4 /dev/vda /mnt", "swiftvmm-agent &",
+      // Files that were read, and a program on a disk that runs, for a hundredth of the time.
+      "cat $(find /mnt -type f) $(find /mnt -type f) > /dev/null",
+      "chroot /mnt /bin/fio --name=a --ioengine=cpuio --cpuload=1 --time_based --runtime=1000 > /dev/null &",
+      "until grep -q libaio /proc/[0-9]*/maps; do sleep 1; done",
       "dd if=/dev/urandom of=/tmp/a bs=1k count=2048", "md5sum /tmp/a > /tmp/sum", "echo ready", "i=0",
       "while md5sum -c /tmp/sum > /tmp/log && cp /tmp/a /mnt/b && cmp /tmp/a /mnt/b; do i=$((i+1)); echo pass $i; done",
       "echo BROKEN",
@@ -50,6 +54,8 @@ struct LinuxMigrateTests {
       let isPostCopy = index % 2 == 1 && PostCopyHost.hasFaults
       try machine.execute(
         "migrate-set-capabilities", ["capabilities": [["capability": "postcopy-ram", "state": isPostCopy]]])
+      let path = "\(folder.path)/trace\(index)"
+      try machine.execute("migrate-set-parameters", ["x-swiftvmm-trace": path])
       try machine.execute("migrate", ["uri": uri])
       if isPostCopy { try machine.execute("migrate-start-postcopy") }
       while let status = try state(machine)["status"] as? String, !["completed", "failed"].contains(status) {
@@ -58,8 +64,14 @@ struct LinuxMigrateTests {
       let result = try state(machine)
       try #require(result["status"] as? String == "completed", "\(result) \(machine.text.suffix(2000))")
       let own = try #require(result["x-swiftvmm"] as? [String: Any])
-      // The agent has said which pages are free.
+      // The agent has said which pages are free, and which hold files, of programs that run or of no matter.
       #expect(own["ignored"] as? Int ?? 0 > 10_000, "\(own)")
+      let trace = try MigrationTraceReader(path, pages: 512 << 8)
+      #expect(trace.firstRoundIsInOrder)
+      if !isPostCopy {
+        #expect(trace.sent.count { $0 == 0 } > 10_000)
+        #expect(trace.first["prioritized"] ?? 0 > 0 && trace.first["deprioritized"] ?? 0 > 10_000, "\(trace.first)")
+      }
       #expect(next.waitFor("pass", count: 2), "move \(index): \(next.text.suffix(2000))")
       try machine.execute("quit")
       #expect(machine.waitUntilExit() == 0)

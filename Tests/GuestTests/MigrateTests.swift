@@ -347,8 +347,8 @@ struct MigrateTests {
     let status = try #require(try next.execute("query-status") as? [String: Any])
     #expect(status["status"] as? String == "paused")
     try next.execute("x-swiftvmm-save", ["file": folder.path + "/there"])
-    let here = try memory(folder.path + "/here")
-    let there = try memory(folder.path + "/there")
+    let here = try savedMemory(folder.path + "/here")
+    let there = try savedMemory(folder.path + "/there")
     #expect(here.count == 64 << 20)
     #expect(here == there)
     let trace = try MigrationTraceReader(folder.path + "/trace", pages: here.count / 4096)
@@ -357,13 +357,6 @@ struct MigrateTests {
     try next.execute("cont")
     #expect(next.waitFor("dirty: pass", count: 1), "\(next.text)")
     #expect(!next.text.contains("FAIL"), "\(next.text)")
-  }
-
-  /// RAM in a saved machine's file: docs/state.md.
-  private func memory(_ path: String) throws -> Data {
-    let data = try Data(contentsOf: URL(fileURLWithPath: path))
-    func number(_ place: Int) -> Int { (0..<8).reduce(0) { $0 | Int(data[place + $1]) << ($1 * 8) } }
-    return data[number(48)..<number(48) + number(56)]
   }
 
   /// What the guest's own agent says of its pages: needed ones come second, filled ones last, and free ones never, but for those that the
@@ -571,41 +564,5 @@ struct MigrateTests {
 
   private func status(_ machine: RunningVMM) -> String {
     ((try? machine.execute("query-migrate") as? [String: Any])?["status"] as? String) ?? "none"
-  }
-}
-
-/// Reads a trace on its own account: what was sent how often, and in which order.
-struct MigrationTraceReader {
-  private struct Line: Decodable {
-    let round: Int
-    let iteration: Int
-    let first: Int
-    let count: Int
-    let `class`: String
-  }
-
-  /// How often each page was sent.
-  private(set) var sent: [Int]
-  /// The first round's iterations rise, and each has the classes that docs/migration.md says.
-  private(set) var firstRoundIsInOrder = true
-  /// Pages that it sent, by class.
-  private(set) var first: [String: Int] = [:]
-
-  init(_ path: String, pages: Int) throws {
-    sent = [Int](repeating: 0, count: pages)
-    let classes = [1: ["readOnly"], 2: ["prioritized"], 3: ["other", "deprioritized"]]
-    var last = (iteration: 0, isDeprioritized: false)
-    for line in try String(contentsOfFile: path, encoding: .utf8).split(separator: "\n") {
-      let run = try JSONDecoder().decode(Line.self, from: Data(line.utf8))
-      for page in run.first..<run.first + run.count { sent[page] += 1 }
-      guard run.round == 1 else { continue }
-      first[run.class, default: 0] += run.count
-      let isDeprioritized = run.class == "deprioritized"
-      let isRight =
-        run.iteration >= last.iteration && classes[run.iteration]?.contains(run.class) == true
-        && !(last.isDeprioritized && run.iteration == last.iteration && !isDeprioritized)
-      if !isRight { firstRoundIsInOrder = false }
-      last = (run.iteration, isDeprioritized)
-    }
   }
 }

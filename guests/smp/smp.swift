@@ -20,7 +20,7 @@ private let passes = Atomic<Int>(0)
 /// One byte a processor: how many directed interrupts it got.
 private let received = Atomic<UInt64>(0)
 
-/// Starts every processor of the MADT; counts under contention and sends interrupts in every way there is.
+/// Starts every processor of the MADT; counts under contention and sends interrupts in every way there is, `rounds=1` times.
 func guestMain() {
   expect("a PM timer", PMTimer.isPresent)
   set_interrupt_handler(workVector) { _ in LocalAPIC.endOfInterrupt() }
@@ -36,18 +36,23 @@ func guestMain() {
   SMP.start { run($0) }
   say("processors: \(SMP.count)")
   expect("processors in the MADT", UInt64(SMP.count), equals: UInt64(min(ACPI.processorCount, SMP.limit)))
-  contend()
-  say("atomics and locks: ok")
-  interprocessorInterrupts()
-  say("interprocessor interrupts: ok")
+  for round in 1...max(1, Int(StartInfo.number("rounds", default: 1))) {
+    contend(round)
+    say("atomics and locks: ok")
+    interprocessorInterrupts()
+    say("interprocessor interrupts: ok")
+  }
   say("smp: all passed")
 }
 
-/// A processor other than the first: asleep but for the work of the first phase and its interrupts.
+/// A processor other than the first: asleep but for each phase's work and its interrupts.
 private func run(_ number: Int) {
-  while phase.load(ordering: .acquiring) == 0 { sti_hlt_cli() }
-  work()
-  while true { sti_hlt_cli() }
+  var done = 0
+  while true {
+    while phase.load(ordering: .acquiring) == done { sti_hlt_cli() }
+    work()
+    done += 1
+  }
 }
 
 private func work() {
@@ -66,13 +71,13 @@ private func work() {
   finished.add(1, ordering: .releasing)
 }
 
-private func contend() {
+private func contend(_ round: Int) {
   let count = SMP.count
-  phase.store(1, ordering: .releasing)
+  phase.store(round, ordering: .releasing)
   if count > 1 { LocalAPIC.send(workVector, to: .others) }
   work()
-  wait("processors finish") { finished.load(ordering: .acquiring) == count }
-  let rounds = UInt64(count * roundCount)
+  wait("processors finish") { finished.load(ordering: .acquiring) == count * round }
+  let rounds = UInt64(count * roundCount * round)
   expect("fetch and add", added.load(ordering: .relaxed), equals: rounds * 3)
   expect("compare and exchange", exchanged.load(ordering: .relaxed), equals: rounds * 5)
   expect("a sum under a lock", guarded, equals: rounds * 7)
@@ -81,6 +86,10 @@ private func contend() {
 private func interprocessorInterrupts() {
   let count = SMP.count
   var expected = 0
+  interrupts.store(0, ordering: .relaxed)
+  nonMaskable.store(0, ordering: .relaxed)
+  passes.store(0, ordering: .relaxed)
+  received.store(0, ordering: .relaxed)
 
   LocalAPIC.send(countVector, to: .this)
   expected += 1
