@@ -15,7 +15,10 @@ public protocol MigratingMachine: AnyObject, Sendable {
   /// Ends recording.
   func stopDirtyTracking()
   /// The classes of the pages as they are now.
-  func pageClasses() -> PageClassMap
+  ///
+  /// - Parameter hintWait: milliseconds to wait for the guest's agent, without whose word there are fewer classes.
+  /// - Returns: a class for every page.
+  func pageClasses(hintWait: UInt64) -> PageClassMap
   /// Keeps the vCPUs from running for so much of their time, until told otherwise; 0: not at all.
   func throttle(_ percent: Int)
   /// Stops the machine and returns its state, and whether it ran. What the guest has written to disks is durable.
@@ -62,6 +65,8 @@ public struct MigrationParameters: Sendable {
   public var mayPostCopy = false
   /// Bytes a second of pages that nobody waits for, then; 0 for as many as there go.
   public var postCopyBandwidth: UInt64 = 0
+  /// Milliseconds to wait for what the guest's agent says of its pages.
+  public var hintWait: UInt64 = 2000
   /// How the links are encrypted; nil: not at all.
   public var tls: MigrationTLS?
   /// Where the order of pages is written to.

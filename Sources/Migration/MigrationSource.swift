@@ -168,7 +168,7 @@ public final class MigrationSource: Sendable {
   /// address alone: it is sent once instead of twice. Returns what the next round has to send.
   private func sendAll(_ sender: PageSender, _ started: UInt64) throws(MigrationError) -> PageSet {
     let round = sender.begin(round: 1, started)
-    let classes = machine.pageClasses()
+    let classes = machine.pageClasses(hintWait: parameters.hintWait)
     let isLinear = parameters.order == LinearOrder.name
     var later = PageSet(try machine.takeDirtyPages())
     guard var order = PageOrders.order(named: parameters.order, classes: classes, dirty: dirtyCounts(later)) else {

@@ -55,7 +55,7 @@ struct LinuxMigrateTests {
       try machine.execute(
         "migrate-set-capabilities", ["capabilities": [["capability": "postcopy-ram", "state": isPostCopy]]])
       let path = "\(folder.path)/trace\(index)"
-      try machine.execute("migrate-set-parameters", ["x-swiftvmm-trace": path])
+      try machine.execute("migrate-set-parameters", ["x-swiftvmm-trace": path, "x-swiftvmm-hint-wait": 60_000])
       try machine.execute("migrate", ["uri": uri])
       if isPostCopy { try machine.execute("migrate-start-postcopy") }
       while let status = try state(machine)["status"] as? String, !["completed", "failed"].contains(status) {

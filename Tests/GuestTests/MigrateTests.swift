@@ -373,7 +373,8 @@ struct MigrateTests {
     let uri = "unix:\(folder.path)/move"
     let next = try destination(arguments, at: uri)
     try machine.execute(
-      "migrate-set-parameters", ["x-swiftvmm-trace": folder.path + "/trace", "max-bandwidth": 20 << 20])
+      "migrate-set-parameters",
+      ["x-swiftvmm-trace": folder.path + "/trace", "max-bandwidth": 20 << 20, "x-swiftvmm-hint-wait": 60_000])
     let result = try move(machine, to: uri)
     try #require(result["status"] as? String == "completed", "\(result) \(machine.text) \(next.text)")
     let trace = try MigrationTraceReader(folder.path + "/trace", pages: 96 << 8)

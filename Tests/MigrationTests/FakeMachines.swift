@@ -87,7 +87,7 @@ final class FakeSource: MigratingMachine, @unchecked Sendable {
   func stopDirtyTracking() { memory.dirty.setTracking(false) }
   func throttle(_ percent: Int) {}
 
-  func pageClasses() -> PageClassMap {
+  func pageClasses(hintWait: UInt64) -> PageClassMap {
     onClasses()
     let view = MemoryView(number: 1)
     if let range = GuestRange(start: GuestPhysicalAddress(0), size: 16 << 12) {

@@ -8,7 +8,7 @@ extension AgentControl {
   ///
   /// - Parameter milliseconds: for all answers together.
   /// - Returns: what was said, as it was said.
-  func pageHints(milliseconds: UInt64 = 2000) -> [PageHint] {
+  func pageHints(milliseconds: UInt64) -> [PageHint] {
     let deadline = monotonicNanoseconds() + milliseconds * 1_000_000
     var collector = PageHintCollector()
     while let arguments = collector.arguments {

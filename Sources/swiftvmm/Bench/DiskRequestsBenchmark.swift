@@ -52,7 +52,7 @@ struct DiskRequestsBenchmark {
   private func add(_ table: inout BenchTable, _ subject: Subject, in folder: String) throws(Failure) {
     var figures: [[Double]] = [[], []]
     var note = ""
-    for _ in 0..<min(runs, 5) {
+    for _ in 0..<runs {
       try prepare(subject, in: folder, extendedL2: true)
       do throws(BlockError) { figures[0].append(try measure(subject)) } catch { throw .disk(error) }
       guard note.isEmpty else { continue }

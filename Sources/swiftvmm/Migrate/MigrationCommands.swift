@@ -93,7 +93,7 @@ private enum MigrationSettings {
     .optional("multifd-channels", .integer), .optional("multifd-zstd-level", .integer),
     .optional("multifd-compression", .enumeration("MultiFDCompression", values: ["none", "zstd"])),
     .optional("xbzrle-cache-size", .integer), .optional("max-postcopy-bandwidth", .integer),
-    .optional("x-swiftvmm-order", .string),
+    .optional("x-swiftvmm-order", .string), .optional("x-swiftvmm-hint-wait", .integer),
     .optional("x-swiftvmm-trace", .string), .optional("tls-creds", .string), .optional("tls-hostname", .string),
   ]
 
@@ -111,6 +111,7 @@ private enum MigrationSettings {
     if let value = try number("multifd-channels", 1...16) { parameters.links = Int(value) }
     if let value = try number("multifd-zstd-level", 1...20) { parameters.compression = Int(value) }
     if let value = try number("xbzrle-cache-size", 0...(1 << 40)) { parameters.copies = Int(value) }
+    if let value = try number("x-swiftvmm-hint-wait", 0...60_000) { parameters.hintWait = value }
     switch arguments["multifd-compression"]?.stringValue {
     case "none": parameters.compression = 0
     case "zstd": parameters.compression = max(1, parameters.compression)
@@ -131,6 +132,7 @@ private enum MigrationSettings {
       "multifd-channels": JSONValue(parameters.links), "multifd-zstd-level": JSONValue(max(1, parameters.compression)),
       "multifd-compression": parameters.compression > 0 ? "zstd" : "none",
       "xbzrle-cache-size": JSONValue(parameters.copies), "x-swiftvmm-order": .string(parameters.order),
+      "x-swiftvmm-hint-wait": JSONValue(parameters.hintWait),
       "x-swiftvmm-trace": .string(parameters.trace ?? ""), "tls-creds": .string(tls.id),
       "tls-hostname": .string(tls.hostName),
     ]

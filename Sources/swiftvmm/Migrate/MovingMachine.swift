@@ -57,13 +57,14 @@ final class MovingMachine: MigratingMachine, ArrivingMachine {
 
   func stopDirtyTracking() { machine.stopDirtyTracking() }
 
-  func pageClasses() -> PageClassMap {
+  func pageClasses(hintWait: UInt64) -> PageClassMap {
     let registers = machine.whilePaused { machine.vcpus.map { try? $0.readSystemRegisters() } }
     let processors = registers.compactMap { registers in
       registers.map { PagingRegisters(cr0: $0.cr0, cr3: $0.cr3, cr4: $0.cr4, efer: $0.efer) }
     }
     return PageClassMap(
-      memory: memory, processors: processors, views: machine.memoryViews, hints: agent?.pageHints() ?? [])
+      memory: memory, processors: processors, views: machine.memoryViews,
+      hints: agent?.pageHints(milliseconds: hintWait) ?? [])
   }
 
   func throttle(_ percent: Int) { throttle.set(percent) }
