@@ -443,6 +443,9 @@ final class BackgroundProcess {
   /// What it has printed.
   var text: String { (try? String(contentsOf: output, encoding: .utf8)) ?? "" }
 
+  /// Whether it has not ended.
+  var isRunning: Bool { process.isRunning }
+
   func signal(_ number: Int32) { kill(process.processIdentifier, number) }
 
   func waitUntilExit() -> Int32 {

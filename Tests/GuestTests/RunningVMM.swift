@@ -38,6 +38,9 @@ final class RunningVMM {
     if process.isRunning { process.terminate() }
   }
 
+  /// Its process.
+  var identifier: Int32 { process.processIdentifier }
+
   /// Whether its process has not ended.
   var isRunning: Bool { process.isRunning }
 

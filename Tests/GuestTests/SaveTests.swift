@@ -86,6 +86,90 @@ struct SaveTests {
     restored.kill()
   }
 
+  private func dirty(_ engine: String, _ options: String, memory: String) -> [String] {
+    [
+      "dirty", "--engine", engine, "--memory", memory, "--time-limit", "300", "--append",
+      "set=4 seconds=0 jump=60000 skew=60000 \(options)",
+    ]
+  }
+
+  /// The guest runs while its RAM is written, however long that takes, and the file is of the moment at which all of it has been.
+  @Test(arguments: engines) func theGuestGoesOnWhileItIsSaved(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder.path + "/saved"
+    let arguments = dirty(engine, "fill=128", memory: "192M")
+    let machine = try RunningVMM(arguments)
+    #expect(machine.waitFor("dirty: pass"), "\(machine.text)")
+    func allocated() -> Int {
+      var status = stat()
+      return stat(file + ".part", &status) == 0 ? Int(status.st_blocks) * 512 : 0
+    }
+    // The first save says which thread writes.
+    let before = HeldThread.written(by: machine.identifier)
+    try machine.execute("x-swiftvmm-save", ["file": file])
+    let writer = try #require(HeldThread(of: machine.identifier, since: before))
+    var pages = 0
+    for _ in 0..<20 where pages == 0 {
+      let save = try BackgroundProcess(["save", machine.socket, file])
+      while save.isRunning, allocated() < 1 << 20 {}
+      // It stops once the call is done that it is in.
+      try #require(writer.stop(), "ptrace(2) is not allowed here")
+      let isCaught = allocated() < 128 << 20 && save.isRunning
+      try #require(writer.waitUntilStopped())
+      if isCaught {
+        let count = machine.text.components(separatedBy: "dirty: pass").count
+        #expect(machine.waitFor("dirty: pass", count: count + 1), "\(machine.text)")
+        #expect(save.isRunning)
+        pages = self.pages(machine.text)
+      }
+      writer.release()
+      #expect(save.waitUntilExit() == 0, "\(save.text)")
+    }
+    try #require(pages > 0, "the save was never seen while it wrote")
+    try machine.execute("quit")
+    let restored = try RunningVMM(arguments + ["--restore", file, "--verify"])
+    #expect(restored.waitFor("dirty: pass", count: 2), "\(restored.text)")
+    #expect(self.pages(restored.text) > pages && !restored.text.contains("FAIL"), "\(pages): \(restored.text)")
+    restored.kill()
+  }
+
+  /// How many pages the guest says last that it has written.
+  private func pages(_ text: String) -> Int {
+    let lines = text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+    return lines.last { $0.hasPrefix("dirty: pass") }.flatMap { Int($0.split(separator: " ")[4]) } ?? 0
+  }
+
+  /// Each copy of a saved machine has an id of its own, of which its guest is told; the machine itself keeps its id, also where it moves.
+  @Test(arguments: engines) func eachCopyIsToldOfItsID(engine: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder.path + "/saved"
+    let arguments = dirty(engine, "generation=1", memory: "64M")
+    /// What the guest sees, which is what the control socket says.
+    func id(_ machine: RunningVMM, events: Int) throws -> String {
+      #expect(machine.waitFor("after \(events) events\n", count: 2), "\(machine.text)")
+      let line = machine.text.split(separator: "\n", omittingEmptySubsequences: false).dropLast()
+        .last { $0.hasPrefix("generation") }
+      let words = try #require(line).split(separator: " ")
+      #expect(words[4] == "\(events)", "\(machine.text)")
+      let guid = try generation(machine)
+      let groups = guid.split(separator: "-").compactMap { UInt64($0, radix: 16) }
+      try #require(groups.count == 5)
+      #expect(UInt64(words[1].dropFirst(2), radix: 16) == groups[0] | groups[1] << 32 | groups[2] << 48)
+      #expect(UInt64(words[2].dropFirst(2), radix: 16) == (groups[3] << 48 | groups[4]).byteSwapped)
+      return guid
+    }
+    let machine = try RunningVMM(arguments)
+    let own = try id(machine, events: 0)
+    try machine.execute("x-swiftvmm-save", ["file": file])
+    #expect(try id(machine, events: 0) == own)
+    let uri = "unix:\(folder.path)/move"
+    let next = try RunningVMM(arguments + ["--incoming", uri])
+    #expect(try hostTool(VMM.path, "migrate", machine.socket, uri).status == 0)
+    #expect(try id(next, events: 0) == own)
+    let copies = try (0..<2).map { _ in try id(RunningVMM(arguments + ["--restore", file]), events: 1) }
+    #expect(Set(copies + [own]).count == 3)
+  }
+
   /// Each refusal is one line that names what is wrong, and status 66.
   @Test func whatDoesNotFitIsRefused() throws {
     let folder = try TemporaryFolder()

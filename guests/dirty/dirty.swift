@@ -3,11 +3,14 @@ import CGuest
 import Synchronization
 
 private let tickVector: UInt8 = 0x51
+private let generationVector: UInt8 = 0x52
 private let started = Atomic<Bool>(false)
 private let ended = Atomic<Bool>(false)
 private let finished = Atomic<Int>(0)
 nonisolated(unsafe) private var workers = InlineArray<64, Worker?>(repeating: nil)
 nonisolated(unsafe) private var timerCount: UInt32 = 0
+/// With the option `generation`.
+nonisolated(unsafe) private var tellsGeneration = false
 /// With the option `agent`, on the first processor.
 nonisolated(unsafe) private var hints: Hints?
 
@@ -34,6 +37,8 @@ func guestMain() {
   sayPart("dirty: \(areas.pages(DIRTY_SET)) pages, \(areas.pages(DIRTY_FILL)) filled, ")
   say("\(areas.pages(DIRTY_READ_ONLY)) read-only, \(areas.pages(DIRTY_FREE)) free")
   if StartInfo.flag("agent") { hints = Hints(areas) }
+  tellsGeneration = StartInfo.flag("generation")
+  if tellsGeneration { expect("a generation id", GenerationID.listen(vector: generationVector)) }
   started.store(true, ordering: .releasing)
   LocalAPIC.send(tickVector, to: .others)
   work(0)
@@ -101,5 +106,12 @@ private func report(_ passes: UInt64, _ now: UInt64) {
   for number in 0..<SMP.count { pages += workers[number]?.written ?? 0 }
   Report.lock.lock()
   say("dirty: pass \(passes) pages \(pages) clock \(now)")
+  if tellsGeneration {
+    // A processor that writes as fast as it can takes no interrupts otherwise.
+    sti()
+    delay(microseconds: 10)
+    cli()
+    say("generation \(hex: GenerationID.low) \(hex: GenerationID.high) after \(GenerationID.events) events")
+  }
   Report.lock.unlock()
 }
