@@ -101,6 +101,9 @@ let package = Package(
 
     library("NBD", ["BlockLayer", "Host", "TLS"]),
 
+    // Networks. Every frame of a switch passes here: always optimised.
+    library("NetLayer", ["CLinux", "Host"], settings: hot),
+
     // What the agent in a guest says.
     library("GuestAgent", ["JSON", "PageClasses"]),
 
@@ -219,6 +222,7 @@ let package = Package(
     tests(
       "VirtioTests",
       ["BlockLayer", "DeviceModel", "DeviceTesting", "GuestMemory", "Host", "PlatformDevices", "StateTree", "Virtio"]),
+    tests("NetLayerTests", ["CLinux", "Host", "NetLayer"]),
     tests("GDBStubTests", ["Accelerator", "GDBStub", "Host"]),
     tests("GuestAgentTests", ["GuestAgent", "JSON", "PageClasses"]),
     tests("MonitorTests", ["Host", "JSON", "Monitor"]),
