@@ -63,6 +63,17 @@ public enum StreamEndpoint: Equatable, Sendable, CustomStringConvertible {
     }
   }
 
+  /// Connects a new non-blocking stream socket to a unix socket's server, or fails at once; EAGAIN where too many wait there.
+  public func connectAtOnce() throws(HostError) -> FileDescriptor {
+    guard case .unix(let path) = self else { throw .endpoint(description) }
+    let socket = try Self.makeSocket(AF_UNIX)
+    _ = try check("fcntl(F_SETFL)", fcntl(socket.rawValue, F_SETFL, O_NONBLOCK))
+    var address = sockaddr_un(path: path)
+    let result = withSocketAddress(&address) { pointer, length in Glibc.connect(socket.rawValue, pointer, length) }
+    guard result == 0 else { throw .path("connect to", path: path, errno: errno) }
+    return socket
+  }
+
   static func makeSocket(_ family: Int32) throws(HostError) -> FileDescriptor {
     FileDescriptor(
       owning: try check("socket", socket(family, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)))

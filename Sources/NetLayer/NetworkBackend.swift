@@ -23,8 +23,12 @@ public struct NetworkOffloads: OptionSet, Sendable {
 public struct NetworkCounters: Equatable, Sendable {
   /// Frames that were taken from the network.
   public var received: UInt64 = 0
-  /// Frames that were given to it.
+  /// Their bytes, without headers.
+  public var receivedBytes: UInt64 = 0
+  /// Frames that were given to it, or wait for it.
   public var sent: UInt64 = 0
+  /// Their bytes, without headers.
+  public var sentBytes: UInt64 = 0
   /// Frames that were to be sent and were dropped: no link, no room, or refused by the kernel.
   public var dropped: UInt64 = 0
 

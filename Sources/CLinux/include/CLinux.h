@@ -224,3 +224,10 @@ int clinux_user_faults_copy(int file, void *page, const void *bytes, uint64_t le
 int clinux_user_faults_zero(int file, void *page, uint64_t length);
 /// Addresses of accesses that wait and were not told yet; 0 where there are none.
 int clinux_user_faults_take(int file, uint64_t *addresses, int capacity);
+
+// TAP interfaces (linux/if_tun.h). -1 and errno on failure.
+
+/// Has an open /dev/net/tun stand for the TAP interface, whose frames have a virtio header of `header` bytes before them.
+int clinux_tap_attach(int file, const char *name, int header);
+/// What received frames may be: bits of TUN_F_*.
+int clinux_tap_offload(int file, unsigned offloads);

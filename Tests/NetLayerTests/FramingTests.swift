@@ -1,0 +1,89 @@
+import Glibc
+import Testing
+
+@testable import NetLayer
+
+struct FramingTests {
+  /// The frames that a reader finds in pieces of a stream.
+  private func read(_ pieces: [[UInt8]]) -> (frames: [[UInt8]], runts: UInt64, isMalformed: Bool) {
+    var reader = FrameReader()
+    var frames: [[UInt8]] = []
+    for piece in pieces {
+      var rest = piece[...]
+      repeat {
+        let space = reader.space
+        let count = min(rest.count, space.count)
+        #expect(count > 0 || rest.isEmpty, "there is room to read")
+        space.copyBytes(from: rest.prefix(count))
+        rest = rest.dropFirst(count)
+        reader.received(count)
+        while let frame = reader.next() { frames.append(Array(frame.dropFirst(StreamFraming.prefix))) }
+      } while !rest.isEmpty
+    }
+    return (frames, reader.runts, reader.isMalformed)
+  }
+
+  @Test func framesAreWholeWhereverTheStreamIsCut() {
+    let frames = [14, 60, 15, 1514].map {
+      makeFrame(from: 2, to: 4, [UInt8](repeating: UInt8($0 % 251), count: $0 - 14))
+    }
+    let stream = frames.flatMap { framed($0) }
+    for cut in 0...stream.count {
+      let result = read([Array(stream[..<cut]), Array(stream[cut...])])
+      #expect(result.frames == frames && !result.isMalformed, "cut at \(cut)")
+    }
+    #expect(read(stream.map { [$0] }).frames == frames, "byte by byte")
+  }
+
+  @Test func frameLengthsUpToTheLimitAreTaken() {
+    let longest = makeFrame(from: 2, to: 4, [UInt8](repeating: 7, count: NetworkFrame.longest - 14))
+    // More than the reader holds at once.
+    let result = read([[longest, longest, longest, longest, longest].flatMap { framed($0) }])
+    #expect(result.frames == [longest, longest, longest, longest, longest])
+  }
+
+  @Test(arguments: [UInt32(NetworkFrame.longest + 1), 0x7fff_ffff, 0x8000_0000, 0xffff_ffff])
+  func aLengthThatIsNoneEndsTheStream(length: UInt32) {
+    let good = makeFrame(from: 2, to: 4)
+    let bad = withUnsafeBytes(of: length.bigEndian) { Array($0) }
+    let result = read([framed(good) + bad + framed(good)])
+    #expect(result.isMalformed)
+    #expect(result.frames == [good])
+  }
+
+  @Test func framesThatAreTooShortAreLeftOut() {
+    let good = makeFrame(from: 2, to: 4)
+    let stream = (0..<14).flatMap { framed([UInt8](repeating: 1, count: $0)) } + framed(good)
+    let result = read([stream])
+    #expect(result.frames == [good])
+    #expect(result.runts == 14)
+  }
+
+  @Test func aQueueIsARingOfBoundedSize() {
+    var queue = FrameQueue()
+    var model: [UInt8] = []
+    var random = SystemRandomNumberGenerator()
+    var next: UInt8 = 0
+    var refusals = 0
+    for _ in 0..<2000 {
+      if Bool.random(using: &random) {
+        let bytes = (0..<Int.random(in: 1...65_000, using: &random)).map { _ in
+          next &+= 1
+          return next
+        }
+        let fits = model.count + bytes.count <= FrameQueue.capacity
+        #expect(bytes.withUnsafeBytes { queue.append($0) } == fits)
+        if fits { model += bytes } else { refusals += 1 }
+      } else {
+        let pieces = queue.pieces()
+        let count = min(model.count, Int.random(in: 0...60_000, using: &random))
+        let seen = [pieces.0, pieces.1].flatMap { Array(UnsafeRawBufferPointer(start: $0.iov_base, count: $0.iov_len)) }
+        #expect(seen == model)
+        queue.removeFirst(count)
+        model.removeFirst(count)
+      }
+      #expect(queue.count == model.count && queue.isEmpty == model.isEmpty)
+      if refusals == 3 { break }
+    }
+  }
+}

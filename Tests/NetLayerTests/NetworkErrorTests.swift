@@ -1,8 +1,0 @@
-import NetLayer
-import Testing
-
-@Suite struct NetworkErrorTests {
-  @Test func aMessageNamesTheValue() {
-    #expect("\(NetworkError.tapInUse(name: "tap7"))".contains("tap7"))
-  }
-}
