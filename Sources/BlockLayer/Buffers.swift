@@ -98,6 +98,11 @@ public struct IOVectors: ~Copyable {
     }
   }
 
+  /// The pieces as system calls take them, during the call only.
+  public func withPieces(_ body: (UnsafeBufferPointer<iovec>) -> Void) {
+    body(UnsafeBufferPointer(start: pointer, count: count))
+  }
+
   /// Makes `length` bytes from `offset` on zero.
   public func zero(from offset: Int, length: Int) {
     forEach(from: offset, length: length) { start, count, _ in memset(start, 0, count) }

@@ -2,11 +2,12 @@ import BlockLayer
 import DeviceModel
 import GuestMemory
 import Host
+import NetLayer
 import PlatformDevices
 import Synchronization
 import Virtio
 
-/// The machine's virtio disks by their places on PCI bus 0: those it was built with, and those that came since.
+/// The machine's virtio devices by their places on PCI bus 0: those it was built with, and disks that came since.
 final class DiskSlots: Sendable {
   private let pci: PCIHost
   private let hotplug: PCIHotplug
@@ -44,6 +45,14 @@ final class DiskSlots: Sendable {
     disks.withLock { disks in disks.sorted { $0.key < $1.key }.map { ($0.value.name, $0.key) } }
   }
 
+  /// The network cards, in the order of their places.
+  var networkCards: [PlacedNetworkCard] {
+    disks.withLock { disks in disks.sorted { $0.key < $1.key }.map { ($0.key, $0.value.device) } }
+      .compactMap { slot, device in
+        (device as? VirtioNetwork).map { PlacedNetworkCard(name: $0.name, slot: slot, device: $0) }
+      }
+  }
+
   subscript(_ name: String) -> VirtioPCI? { disks.withLock { disks in disks.values.first { $0.name == name } } }
 
   /// Puts a disk at the first free place; with `announcing`, the guest is told.
@@ -52,16 +61,31 @@ final class DiskSlots: Sendable {
       name: disk.name, disk: disk.node, serial: disk.serial, memory: memory, thread: thread, queues: queues,
       readErrors: disk.readErrors, writeErrors: disk.writeErrors)
     block.onError = { [machine] in machine.request(.ioError($0)) }
-    try add(block, on: thread, among: Array(PCIHotplug.slots), announcing: announcing)
+    try add(block, on: thread.loop, among: Array(PCIHotplug.slots), announcing: announcing)
   }
 
   /// Puts another virtio device at the last free place, which leaves disks where they would be without it.
-  func add(_ device: any VirtioDevice, on thread: IOThread) throws(MachineError) {
-    try add(device, on: thread, among: PCIHotplug.slots.reversed(), announcing: false)
+  func add(_ device: any VirtioDevice, on loop: EventLoop) throws(MachineError) {
+    try add(device, on: loop, among: PCIHotplug.slots.reversed(), announcing: false)
+  }
+
+  /// Puts a network card there, too, and attaches it to its network.
+  func add(_ card: MachineNetworkCard, on loop: EventLoop) throws(MachineError) {
+    let device = VirtioNetwork(
+      name: card.name, address: card.address, mtu: card.mtu, backend: card.backend, usesOffloads: card.usesOffloads,
+      memory: memory, loop: loop)
+    try add(device, on: loop)
+    let made = PlacedNetworkCard(name: card.name, slot: 0, device: device)
+    let outcome = Condition<Result<Void, NetworkError>?>(nil)
+    loop.execute {
+      let result = Result { () throws(NetworkError) in try made.device.connect() }
+      outcome.withLock { $0 = result }
+    }
+    do { try outcome.wait { $0 }.get() } catch { throw .network(card: card.name, error) }
   }
 
   private func add(
-    _ virtio: any VirtioDevice, on thread: IOThread, among places: [UInt8], announcing: Bool
+    _ virtio: any VirtioDevice, on loop: EventLoop, among places: [UInt8], announcing: Bool
   ) throws(MachineError) {
     let name = virtio.name
     let made = Made(device: virtio)
@@ -75,8 +99,7 @@ final class DiskSlots: Sendable {
       do throws(HostError) {
         device = try VirtioPCI(
           made.device, host: pci, line: pci.line(device: slot), interrupts: interrupts, memory: memory,
-          loop: thread.loop,
-          isSynchronous: isDeterministic, onFault: onFault)
+          loop: loop, isSynchronous: isDeterministic, onFault: onFault)
       } catch {
         throw .host(error)
       }

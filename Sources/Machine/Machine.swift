@@ -239,6 +239,9 @@ public final class Machine: MachineControl {
   /// The disks and their places on PCI bus 0, which a saved state relies on.
   public var diskPlaces: [(name: String, slot: UInt8)] { platform.disks.places }
 
+  /// The network cards, in the order of their places.
+  public var networkCards: [PlacedNetworkCard] { platform.disks.networkCards }
+
   /// The generation id, as a GUID is written.
   public var generationID: String { platform.generation.text }
 

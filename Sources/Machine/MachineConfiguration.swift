@@ -67,6 +67,8 @@ public struct MachineConfiguration: Sendable {
   public var firmware: BootROM?
   /// The disks, if any.
   public var disks: MachineDisks?
+  /// The network cards, if any.
+  public var networks: MachineNetworks?
   /// Byte streams between the guest and the host, if any.
   public var ports: MachinePorts?
   /// Told in one line of what goes wrong in a device while the machine runs, on any thread.
@@ -103,5 +105,9 @@ public struct MachineConfiguration: Sendable {
     guard disks.count <= Self.maximumDisks else { throw .disks(asked: disks.count, limit: Self.maximumDisks) }
     var names: Set<String> = []
     for disk in disks where !names.insert(disk.name).inserted { throw .diskName(disk.name) }
+    let cards = networks?.cards ?? []
+    let most = Self.maximumDisks - disks.count - (ports == nil ? 0 : 1)
+    guard cards.count <= most else { throw .networkCards(asked: cards.count, limit: most) }
+    for card in cards where !names.insert(card.name).inserted { throw .networkName(card.name) }
   }
 }

@@ -3,6 +3,7 @@ import Boot
 import DeviceModel
 import GuestMemory
 import Host
+import NetLayer
 import StateTree
 
 /// Why a machine could not be built, started, saved or restored.
@@ -21,6 +22,12 @@ public enum MachineError: Error, CustomStringConvertible {
   case disks(asked: Int, limit: Int)
   /// Two disks have one name.
   case diskName(String)
+  /// More network cards than the bus has places beside the disks.
+  case networkCards(asked: Int, limit: Int)
+  /// A network card has the name of another device.
+  case networkName(String)
+  /// A network card has no network.
+  case network(card: String, NetworkError)
   /// No disk has the name.
   case noDisk(String)
   case memory(GuestMemoryError)
@@ -57,6 +64,10 @@ public enum MachineError: Error, CustomStringConvertible {
       "the guest uses what this engine cannot take over from another: \(what.joined(separator: ", ")); "
         + "start it with --cpu common where it is to move between engines"
     case .disks(let asked, let limit): "\(asked) disks do not fit: --disk may be given \(limit) times"
+    case .networkCards(let asked, let limit):
+      "\(asked) network cards do not fit: --net may be given \(limit) times beside the disks"
+    case .networkName(let name): "two devices are called \(name): give the network card another id="
+    case .network(let card, let error): "network card \(card): \(error)"
     case .noDisk(let name): "there is no disk \(name)"
     case .diskName(let name): "two disks are called \(name): give one of them another id="
     case .memory(let error): "\(error)"

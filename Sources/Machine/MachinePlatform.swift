@@ -35,8 +35,11 @@ struct MachinePlatform {
     }
     if let ports = configuration.ports {
       let console = VirtioConsole(name: "ports", ports: ports.names, memory: memory)
-      try disks.add(console, on: ports.thread)
+      try disks.add(console, on: ports.thread.loop)
       ports.device = console
+    }
+    if let networks = configuration.networks {
+      for card in networks.cards { try disks.add(card, on: networks.loop) }
     }
     guard let configured = configuration.disks else { return }
     for disk in configured.disks { try disks.add(disk, on: configured.thread, announcing: false) }

@@ -62,17 +62,24 @@ extension Virtqueue {
     return true
   }
 
-  func giveBackPacked(_ chain: VirtqueueChain, _ written: UInt32) {
-    let entry = descriptors + Int(progress.nextUsed) * 16
-    clinux_store32(entry + 8, written)
-    clinux_store16(entry + 12, chain.id)
-    // Last: they hand the entry over.
+  func giveBackPacked(_ chains: some Collection<VirtqueueChain>) {
+    var first: (flags: UInt16, entry: UnsafeMutableRawPointer)?
+    for chain in chains {
+      let entry = descriptors + Int(progress.nextUsed) * 16
+      let flags = (progress.usedWrap ? Bit.available | Bit.used : 0) | (chain.written > 0 ? Flag.write : 0)
+      clinux_store32(entry + 8, chain.written)
+      clinux_store16(entry + 12, chain.id)
+      if first == nil { first = (flags, entry) } else { clinux_store16(entry + 14, flags) }
+      memory.markDirty(entry, count: 16)
+      let next = UInt32(progress.nextUsed) + UInt32(chain.entries)
+      if next >= UInt32(size) { progress.usedWrap.toggle() }
+      progress.nextUsed = UInt16(next % UInt32(size))
+    }
+    guard let first else { return }
+    // Last: they hand the entries over.
     atomicMemoryFence(ordering: .releasing)
-    clinux_store16(entry + 14, (progress.usedWrap ? Bit.available | Bit.used : 0) | (written > 0 ? Flag.write : 0))
-    memory.markDirty(entry, count: 16)
-    let next = UInt32(progress.nextUsed) + UInt32(chain.entries)
-    if next >= UInt32(size) { progress.usedWrap.toggle() }
-    progress.nextUsed = UInt16(next % UInt32(size))
+    clinux_store16(first.entry + 14, first.flags)
+    memory.markDirty(first.entry, count: 16)
   }
 
   func needsInterruptPacked(_ count: UInt16) -> Bool {

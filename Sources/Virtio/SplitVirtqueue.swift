@@ -53,12 +53,14 @@ extension Virtqueue {
     return true
   }
 
-  func giveBackSplit(_ chain: VirtqueueChain, _ written: UInt32) {
-    let entry = device + Area.ring + Int(progress.nextUsed & (size &- 1)) * 8
-    clinux_store32(entry, UInt32(chain.id))
-    clinux_store32(entry + 4, written)
-    memory.markDirty(entry, count: 8)
-    progress.nextUsed &+= 1
+  func giveBackSplit(_ chains: some Collection<VirtqueueChain>) {
+    for chain in chains {
+      let entry = device + Area.ring + Int(progress.nextUsed & (size &- 1)) * 8
+      clinux_store32(entry, UInt32(chain.id))
+      clinux_store32(entry + 4, chain.written)
+      memory.markDirty(entry, count: 8)
+      progress.nextUsed &+= 1
+    }
     // The driver may look as soon as the index has moved.
     atomicMemoryFence(ordering: .releasing)
     store16(progress.nextUsed, device + Area.index)

@@ -15,6 +15,9 @@ public protocol VirtioDevice: AnyObject {
   var queueSizes: [UInt16] { get }
   /// The device's configuration has changed: set by the transport, which tells the driver.
   var configurationChanged: () -> Void { get set }
+  /// Has `process` called for a queue that the device itself has something for: set by the transport, called on its loop.
+  /// Nothing happens where the device may not reach memory now; the queue is processed when it may.
+  var serve: (Int) -> Void { get set }
   /// Reads `size` bytes of the device's configuration; what lies outside is 0.
   func readConfiguration(offset: Int, size: Int) -> UInt64
   /// The driver is ready: these queues, nil where it enabled none. `interrupt` tells the driver of used entries of a queue.
@@ -40,6 +43,11 @@ public protocol VirtioDevice: AnyObject {
 }
 
 extension VirtioDevice {
+  /// Not needed.
+  public var serve: (Int) -> Void {
+    get { { _ in } }
+    set {}
+  }
   /// Nothing.
   public func save() -> StateNode? { nil }
   /// Nothing.

@@ -63,6 +63,7 @@ public final class VirtioPCI: PCIDevice, DrainableDevice, @unchecked Sendable {
     for _ in device.queueSizes { notifiers.append(try QueueNotifier()) }
     self.notifiers = notifiers
     device.configurationChanged = { [weak self] in self?.configurationChanged() }
+    device.serve = { [weak self] queue in self?.process(queue) }
     for (index, notifier) in notifiers.enumerated() {
       try loop.add(notifier.event.descriptor.rawValue, .readable) { [weak self] _ in
         _ = notifier.event.drain()

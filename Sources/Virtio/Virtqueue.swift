@@ -63,6 +63,8 @@ public final class VirtqueueChain {
   var id: UInt16 = 0
   /// Entries of the ring that it takes; 1 in a split queue.
   var entries: UInt16 = 1
+  /// Bytes that the device has written, for `giveBack` of several.
+  public var written: UInt32 = 0
 
   /// An empty chain.
   public init() {}
@@ -143,8 +145,25 @@ public final class Virtqueue {
 
   /// Gives a request back, `written` bytes of which the device wrote.
   public func giveBack(_ chain: VirtqueueChain, written: UInt32) {
-    if isPacked { giveBackPacked(chain, written) } else { giveBackSplit(chain, written) }
-    untold &+= chain.entries
+    chain.written = written
+    giveBack(CollectionOfOne(chain))
+  }
+
+  /// Gives requests back at once, each with what the device wrote: the driver sees all of them or none.
+  public func giveBack(_ chains: some Collection<VirtqueueChain>) {
+    if isPacked { giveBackPacked(chains) } else { giveBackSplit(chains) }
+    for chain in chains { untold &+= chain.entries }
+  }
+
+  /// Leaves requests that were taken last, and nothing was done with, to be taken again.
+  public func untake(_ chains: some Collection<VirtqueueChain>) {
+    for chain in chains {
+      if isPacked, chain.entries > progress.nextAvailable {
+        progress.nextAvailable += size
+        progress.availableWrap.toggle()
+      }
+      progress.nextAvailable &-= chain.entries
+    }
   }
 
   /// Whether the driver wants to be told of what was given back since the last call.
@@ -206,11 +225,16 @@ public final class Virtqueue {
     }
   }
 
+  /// Entries of an indirect table. Drivers use as many as other devices take; more would be a driver that keeps us busy.
+  static let longestTable: UInt32 = 1024
+
   /// An indirect table and its entries.
   func indirectTable(
     _ address: UInt64, _ length: UInt32
   ) throws(VirtqueueError) -> (start: UnsafeMutableRawPointer, count: UInt32) {
-    guard hasIndirect, length > 0, length % 16 == 0 else { throw .indirect(length: length) }
+    guard hasIndirect, length > 0, length % 16 == 0, length <= Self.longestTable * 16 else {
+      throw .indirect(length: length)
+    }
     guard let start = memory.devicePointer(GuestPhysicalAddress(address), count: Int(length), isWrite: false)
     else { throw .buffer(address: address, length: length) }
     return (start, length / 16)

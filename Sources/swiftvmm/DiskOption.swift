@@ -77,7 +77,8 @@ struct DiskOption: ExpressibleByArgument {
     return parts
   }
 
-  private static func isName(_ text: String) -> Bool {
+  /// Whether a device may be called so.
+  static func isName(_ text: String) -> Bool {
     guard let first = text.first, first.isASCII, first.isLetter else { return false }
     return text.allSatisfy { $0.isASCII && ($0.isLetter || $0.isNumber || "-._".contains($0)) }
   }

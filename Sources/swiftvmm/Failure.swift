@@ -8,6 +8,7 @@ import LoaderHardening
 import Machine
 import Migration
 import NBD
+import NetLayer
 import SavedMachine
 import TLS
 
@@ -44,6 +45,7 @@ enum Failure: Error {
   case accelerator(AcceleratorError)
   case disk(BlockError)
   case nbd(NBDError)
+  case network(NetworkError)
   case tls(TLSError)
   case diskNeedsSize(path: String)
   case diskNeedsBackingFormat(name: String)
@@ -89,6 +91,7 @@ enum Failure: Error {
     case .diskNeedsSize, .diskNeedsBackingFormat, .diskShrinks, .diskIsNotBacking, .diskMapNeedsJSON: .usage
     case .diskHasNoBacking, .diskIsNotQcow2, .notAbove: .badInput
     case .disk(let error): Self.status(error)
+    case .network(let error): Self.status(error)
     case .backup(let fault): fault.status
     case .saved: .badInput
     case .notMoved, .notArrived, .notCopied: .inputOutput
@@ -116,7 +119,8 @@ enum Failure: Error {
 
   private static func status(_ error: MachineError) -> ExitStatus {
     switch error {
-    case .cpus, .memorySize, .disks, .diskName, .noDisk: .usage
+    case .cpus, .memorySize, .disks, .diskName, .noDisk, .networkCards, .networkName: .usage
+    case .network(_, let error): status(error)
     case .interruptControllers, .cpuModel: .unavailable
     case .notCarried: .badInput
     case .boot, .state: .badInput
@@ -130,6 +134,15 @@ enum Failure: Error {
       default: .software
       }
     case .device: .software
+    }
+  }
+
+  private static func status(_ error: NetworkError) -> ExitStatus {
+    switch error {
+    case .interfaceName, .attachment, .tooManyPorts: .usage
+    case .noTap, .noInterface, .tapPermission, .tapInUse, .notATap, .uplinkGone, .noSwitch: .unavailable
+    case .malformedStream: .badInput
+    case .capture, .host: .inputOutput
     }
   }
 
@@ -166,6 +179,7 @@ enum Failure: Error {
     case .accelerator(let error): "\(error)"
     case .disk(let error): "\(error)"
     case .nbd(let error): "\(error)"
+    case .network(let error): "\(error)"
     case .tls(let error): "\(error)"
     case .backup(let fault): fault.text
     case .diskNeedsSize(let path): "the size of \(path) is missing: give one such as 10G, or a backing file with -b"

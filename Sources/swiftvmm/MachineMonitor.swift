@@ -22,7 +22,7 @@ final class MachineMonitor: MonitorTarget {
 
   /// Serves the machine on `--control`, and tells every client what happens to it.
   static func serve(
-    _ machine: Machine, engine: String, disks: DiskControl?, agent: [QMPCommand], saver: MachineSaver,
+    _ machine: Machine, engine: String, disks: DiskControl?, more: [QMPCommand], saver: MachineSaver,
     migrations: MigrationControl, hardening: LoaderHardening?, on text: String
   ) throws(Failure) -> MonitorServer {
     let server: MonitorServer
@@ -32,7 +32,7 @@ final class MachineMonitor: MonitorTarget {
         QMPCommand.standard + SaveCommands.all(saver) + MigrationCommands.all(migrations) + migrations.objects.commands
         + (disks.map { DiskCommands.all($0) + ExportCommands.all($0.exports, $0.objects) + BackupCommands.all($0) }
           ?? [])
-        + agent
+        + more
       let target = MachineMonitor(machine, engine: engine, hardening: hardening)
       server = try MonitorServer(listener, target: target, commands: commands, package: "swiftvmm \(Version.text)") {
         line in

@@ -81,6 +81,12 @@ struct RunCommand: ParsableCommand {
       valueName: "disk"))
   var disk: [DiskOption] = []
 
+  @Option(
+    help: ArgumentHelp(
+      "Network card: tap=NAME or switch=SOCKET, with [,mac=][,mtu=][,id=][,offloads=on|off]; or none; repeatable.",
+      valueName: "network"))
+  var net: [NetworkOption] = []
+
   @Option(help: "ROM image that ends at 4 GiB, instead of the built-in one.")
   var firmware: String?
 

@@ -24,6 +24,7 @@ struct RunSession {
   private let console: Console
   private let traces: [Trace]
   private let disks: RunDisks?
+  private let networks: RunNetworks?
   private let ports: MachinePorts?
   private let hardening: RunHardening?
   /// Where the guest goes on, where it does not begin.
@@ -76,6 +77,15 @@ struct RunSession {
     configuration.disks = disks?.configuration
     ports = options.agent ? disks.map { MachinePorts(thread: $0.thread, names: [AgentControl.portName]) } : nil
     configuration.ports = ports
+    if options.deterministic, let net = options.net.first(where: { !$0.isNone }) {
+      throw .conflict("--deterministic", "--net \(net.text)")
+    }
+    networks = try RunNetworks(options.net) { () throws(Failure) in
+      var disks: [Disk] = []
+      for (number, option) in options.disk.enumerated() { disks.append(try option.parse(number: number)) }
+      return StationAddress(disks: disks, control: options.control)
+    }
+    configuration.networks = networks?.configuration
     hardening = try options.harden.map { path throws(Failure) in try RunHardening(path, audit: options.audit) }
     configuration.supervisor = hardening?.supervisor
     accelerator = try options.engine.open(
@@ -92,7 +102,7 @@ struct RunSession {
       return
     }
     let description = MachineDescription(
-      machine, engine: accelerator, cpu: options.cpu, hasAgent: options.agent, disks: disks,
+      machine, engine: accelerator, cpu: options.cpu, hasAgent: options.agent, disks: disks, networks: networks,
       hardening: hardening?.supervisor.policy)
     saved = try MachineSaver.restore(path, into: machine, description, verify: options.verify)
   }
@@ -143,6 +153,7 @@ struct RunSession {
     let objects = TLSObjects()
     let control = disks.map { DiskControl(machine, $0, objects) }
     let agent = ports.map { AgentControl($0) }
+    let networkCommands = networks.map { NetworkCommands.all(machine, $0) } ?? []
     var agentCommands = agent.map { AgentCommands.all($0) } ?? []
     let keeper = try control.map { control throws(Failure) in try SnapshotKeeper(control) }
     agentCommands += keeper?.commands ?? []
@@ -154,7 +165,7 @@ struct RunSession {
     }
     let schedule = try Self.schedule(options, keeper, agent)
     let saver = MachineSaver(
-      machine, engine: accelerator, cpu: options.cpu, disks: control, hasAgent: ports != nil,
+      machine, engine: accelerator, cpu: options.cpu, disks: control, networks: networks, hasAgent: ports != nil,
       hardening: hardening?.supervisor.policy
     )
     let moving = MovingMachine(saver, agent: agent)
@@ -171,7 +182,8 @@ struct RunSession {
     }
     let monitor = try options.control.map { text throws(Failure) in
       try MachineMonitor.serve(
-        machine, engine: accelerator.name, disks: control, agent: agentCommands, saver: saver, migrations: migrations,
+        machine, engine: accelerator.name, disks: control, more: agentCommands + networkCommands, saver: saver,
+        migrations: migrations,
         hardening: hardening?.supervisor, on: text)
     }
     // Its commands use the disks.
@@ -219,6 +231,7 @@ struct RunSession {
     // One that does not run needs no end.
     try? control?.exports.stop()
     try? control?.backups.stop()
+    networks?.close()
     try disks?.close()
     if let error = hasCome.withLock({ $0 }) { throw .notArrived(error) }
     return outcome.status

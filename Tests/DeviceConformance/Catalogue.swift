@@ -1,8 +1,11 @@
 import DeviceModel
 import DeviceTesting
 import GuestMemory
+import Host
+import NetLayer
 import PlatformDevices
 import Testing
+import Virtio
 
 /// A device, and the windows through which a guest reaches it.
 struct Subject {
@@ -62,6 +65,19 @@ struct CatalogueEntry: Sendable, CustomTestStringConvertible {
     }
   }
 
+  init(virtio name: String, _ make: @escaping @Sendable (Fixture, SilentNetwork) -> any VirtioDevice) {
+    self.name = name
+    subject = { fixture in
+      let host = fixture.pciHost()
+      // The device keeps its thread.
+      let network = try SilentNetwork()
+      let device = try VirtioPCI(
+        make(fixture, network), host: host, line: fixture.line(17), interrupts: fixture.sink, memory: fixture.memory,
+        loop: network.thread.loop, isSynchronous: true)
+      return Subject(device, host: host, bars: [0: 0x10000])
+    }
+  }
+
   init(localAPIC name: String) {
     self.name = name
     subject = { fixture in
@@ -115,5 +131,10 @@ let catalogue: [CatalogueEntry] = [
   },
   CatalogueEntry(name: "PCI host") { $0.pciHost() },
   CatalogueEntry(pci: "PCI host bridge", bars: [:]) { PCIHostBridge(host: $1, interrupts: $0.sink) },
+  CatalogueEntry(virtio: "virtio network card") { fixture, network in
+    VirtioNetwork(
+      name: "net0", address: MACAddress(rawValue: 0x5254_0012_3456), mtu: 9000, backend: network,
+      memory: fixture.memory, loop: network.thread.loop)
+  },
   CatalogueEntry(pci: "PCI sample", bars: SamplePCIDevice.bars) { SamplePCIDevice(host: $1, interrupts: $0.sink) },
 ]

@@ -22,6 +22,7 @@ final class VirtioPCI {
     static let deviceFeatures: UInt64 = 4
     static let driverFeatureSelect: UInt64 = 8
     static let driverFeatures: UInt64 = 12
+    static let configurationVector: UInt64 = 16
     static let status: UInt64 = 20
     static let queueSelect: UInt64 = 22
     static let queueSize: UInt64 = 24
@@ -120,18 +121,27 @@ final class VirtioPCI {
     store64(common + Common.descriptors, queue.descriptors)
     store64(common + Common.driverArea, queue.driverArea)
     store64(common + Common.deviceArea, queue.deviceArea)
-    if let vector {
-      let entry = messages + UInt64(index) * 16
-      store32(entry, 0xfee0_0000 | LocalAPIC.id << 12)
-      store32(entry + 4, 0)
-      store32(entry + 8, UInt32(vector))
-      store32(entry + 12, 0)
-    }
+    if let vector { setMessage(index, vector) }
     let message = vector == nil ? Self.noVector : index
     store16(common + Common.queueVector, message)
     expect("a queue's message", UInt64(load16(common + Common.queueVector)), equals: UInt64(message))
     store16(common + Common.queueEnable, 1)
     return queue
+  }
+
+  private func setMessage(_ index: UInt16, _ vector: UInt8) {
+    let entry = messages + UInt64(index) * 16
+    store32(entry, 0xfee0_0000 | LocalAPIC.id << 12)
+    store32(entry + 4, 0)
+    store32(entry + 8, UInt32(vector))
+    store32(entry + 12, 0)
+  }
+
+  /// Has changes of the configuration told of by MSI-X message `index`, which no queue has, as interrupt `vector`.
+  func tellOfConfiguration(_ index: UInt16, vector: UInt8) {
+    setMessage(index, vector)
+    store16(common + Common.configurationVector, index)
+    expect("the configuration's message", UInt64(load16(common + Common.configurationVector)), equals: UInt64(index))
   }
 
   /// Resets the device: it lets go of the queues' memory.

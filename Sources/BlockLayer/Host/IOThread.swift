@@ -38,12 +38,12 @@ public final class IOThread: @unchecked Sendable {
     observers.removeAll { $0.owner == ObjectIdentifier(owner) }
   }
 
-  /// Runs `body` on the thread and waits for what it returns.
+  /// Runs `body` on the thread and waits for what it returns. The thread has let go of `body` then, and of what it holds.
   public func perform<Result>(_ body: @escaping () -> Result) -> Result {
     let outcome = Condition<Transfer<Result>?>(nil)
-    let work = Transfer(body)
+    let work = Work(body)
     loop.execute { [self] in
-      let result = Transfer(work.value())
+      let result = Transfer(work.run())
       poll()
       outcome.withLock { $0 = result }
     }
@@ -55,6 +55,17 @@ public final class IOThread: @unchecked Sendable {
     loop.stop()
     thread?.join()
     thread = nil
+  }
+
+  /// What is to be done, once.
+  private final class Work<Result>: @unchecked Sendable {
+    private var body: (() -> Result)?
+    init(_ body: @escaping () -> Result) { self.body = body }
+
+    func run() -> Result {
+      defer { body = nil }
+      return body.unsafelyUnwrapped()
+    }
   }
 
   /// Something handed from one thread to another, which waits for it.

@@ -3,7 +3,9 @@ import BlockLayer
 import GuestMemory
 import LoaderHardening
 import Machine
+import NetLayer
 import StateTree
+import Virtio
 
 /// What a saved machine was made of: it can go on only in one that is made so too.
 struct MachineDescription: Equatable {
@@ -14,8 +16,21 @@ struct MachineDescription: Equatable {
     var isReadOnly: Bool
   }
 
+  struct NetworkCard: Equatable {
+    var name: String
+    var slot: UInt8
+    var address: MACAddress
+    /// 0 for none.
+    var mtu: UInt16
+    /// What its driver has accepted of the backend's.
+    var offloads: NetworkOffloads
+    /// What the backend here has, and whether the address is the command line's; in no file.
+    var offered: NetworkOffloads = []
+    var isAddressed = false
+  }
+
   static let nodeName = "configuration"
-  private static let version: UInt32 = 4
+  private static let version: UInt32 = 5
   private static let maximumText = 4096
 
   var engine: String
@@ -29,6 +44,8 @@ struct MachineDescription: Equatable {
   var hardening = ""
   /// What the guest has seen of its processor; since version 4, before which it goes on only in the engine it was in.
   var processor: Processor?
+  /// Since version 5, before which there were none.
+  var networks: [NetworkCard] = []
 
   /// A processor that a guest has seen.
   struct Processor: Equatable {
@@ -43,7 +60,7 @@ struct MachineDescription: Equatable {
 
   init(
     _ machine: Machine, engine: any Accelerator, cpu: CPUModel, hasAgent: Bool, disks: RunDisks?,
-    hardening: HardeningPolicy?
+    networks: RunNetworks?, hardening: HardeningPolicy?
   ) {
     self.hardening = hardening?.identity ?? ""
     self.engine = engine.name
@@ -65,6 +82,12 @@ struct MachineDescription: Equatable {
           }
         }
       } ?? []
+    let addressed = networks?.addressed ?? []
+    self.networks = machine.networkCards.map { card in
+      NetworkCard(
+        name: card.name, slot: card.slot, address: card.device.permanentAddress, mtu: card.device.mtu ?? 0,
+        offloads: card.device.neededOffloads, offered: card.device.offloads, isAddressed: addressed.contains(card.name))
+    }
   }
 
   init(_ node: StateNode) throws(StateError) {
@@ -88,6 +111,16 @@ struct MachineDescription: Equatable {
     if version >= 2 { hasAgent = try reader.read() }
     if version >= 3 { hardening = try reader.readString(limit: Self.maximumText) }
     if version >= 4 { processor = try Processor(&reader) }
+    guard version >= 5 else { return }
+    for _ in 0..<(try reader.read(UInt8.self)) {
+      let name = try reader.readString(limit: Self.maximumText)
+      let slot = try reader.read(UInt8.self)
+      let address = MACAddress(rawValue: try reader.read())
+      let mtu = try reader.read(UInt16.self)
+      networks.append(
+        NetworkCard(
+          name: name, slot: slot, address: address, mtu: mtu, offloads: NetworkOffloads(rawValue: try reader.read())))
+    }
   }
 
   var node: StateNode {
@@ -106,6 +139,14 @@ struct MachineDescription: Equatable {
       writer.write(hasAgent)
       writer.write(hardening)
       processor?.write(to: &writer)
+      writer.write(UInt8(clamping: networks.count))
+      for card in networks {
+        writer.write(card.name)
+        writer.write(card.slot)
+        writer.write(card.address.rawValue)
+        writer.write(card.mtu)
+        writer.write(card.offloads.rawValue)
+      }
     }
   }
 
@@ -129,7 +170,8 @@ struct MachineDescription: Equatable {
       let text = { (identity: String) in identity.isEmpty ? "none" : "of policy \(identity)" }
       return ("--harden", text(hardening), text(here.hardening))
     }
-    return disks == here.disks ? nil : ("the disks", Self.text(disks), Self.text(here.disks))
+    if disks != here.disks { return ("the disks", Self.text(disks), Self.text(here.disks)) }
+    return networkDifference(from: here)
   }
 
   private static func text(_ disks: [Disk]) -> String {

@@ -17,13 +17,15 @@ final class MachineSaver: Sendable {
   private let engine: any Accelerator
   private let cpu: CPUModel
   let disks: DiskControl?
+  private let networks: RunNetworks?
   private let hasAgent: Bool
   private let hardening: HardeningPolicy?
 
   init(
-    _ machine: Machine, engine: any Accelerator, cpu: CPUModel, disks: DiskControl?, hasAgent: Bool,
-    hardening: HardeningPolicy?
+    _ machine: Machine, engine: any Accelerator, cpu: CPUModel, disks: DiskControl?, networks: RunNetworks?,
+    hasAgent: Bool, hardening: HardeningPolicy?
   ) {
+    self.networks = networks
     self.cpu = cpu
     self.hasAgent = hasAgent
     self.hardening = hardening
@@ -104,7 +106,8 @@ final class MachineSaver: Sendable {
   /// What the machine is made of.
   var description: MachineDescription {
     MachineDescription(
-      machine, engine: engine, cpu: cpu, hasAgent: hasAgent, disks: disks?.disks, hardening: hardening)
+      machine, engine: engine, cpu: cpu, hasAgent: hasAgent, disks: disks?.disks, networks: networks,
+      hardening: hardening)
   }
 
   /// Makes durable what the guest has written to its disks.
