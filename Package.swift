@@ -47,6 +47,7 @@ let fuzzers: [Target] =
     fuzzer("FuzzGDB", ["Accelerator", "GDBStub", "Host"]),
     fuzzer("FuzzMigration", ["GuestMemory", "Host", "Migration", "StateTree"]),
     fuzzer("FuzzNBD", ["BlockLayer", "NBD"]),
+    fuzzer("FuzzNet", ["Host", "NetLayer"]),
     fuzzer("FuzzQMP", ["JSON", "Monitor"]),
     fuzzer("FuzzQcow2", ["BlockLayer"]),
     fuzzer("FuzzSave", ["GuestMemory", "SavedMachine", "StateTree"]),

@@ -12,7 +12,8 @@ enum StreamFraming {
 /// A stream on its way in: one read brings many frames, which stay where it has put them.
 struct FrameReader: ~Copyable {
   /// Bytes that are read at once.
-  static let capacity = 256 << 10
+  static let usualCapacity = 256 << 10
+  private let capacity: Int
   /// Before the first length, so that there is room before every frame for a virtio header.
   private static let headroom = 16
 
@@ -24,8 +25,10 @@ struct FrameReader: ~Copyable {
   /// Frames that were too short and left out.
   private(set) var runts: UInt64 = 0
 
-  init() {
-    start = .allocate(byteCount: Self.headroom + Self.capacity, alignment: 16)
+  /// With room for a frame of any length at least.
+  init(capacity: Int = Self.usualCapacity) {
+    self.capacity = max(capacity, StreamFraming.longest)
+    start = .allocate(byteCount: Self.headroom + self.capacity, alignment: 16)
   }
 
   deinit { start.deallocate() }
@@ -38,7 +41,7 @@ struct FrameReader: ~Copyable {
         tail -= head - Self.headroom
         head = Self.headroom
       }
-      return UnsafeMutableRawBufferPointer(start: start + tail, count: Self.headroom + Self.capacity - tail)
+      return UnsafeMutableRawBufferPointer(start: start + tail, count: Self.headroom + capacity - tail)
     }
   }
 

@@ -7,20 +7,13 @@ import Host
 /// Frames that are sent stay where they are until `flush`, which gives them to the socket in one call; what it has no room for
 /// waits in a queue, and what the queue has no room for is dropped.
 final class StreamLink: @unchecked Sendable {
-  /// Pieces of memory that one call takes.
-  private static let vectorLimit = 256
-
   /// Frames in, and how they came.
   var reader = FrameReader()
   /// What has been sent and dropped.
   private let traffic: Traffic
   private let socket: FileDescriptor
   private let loop: EventLoop
-  private let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: vectorLimit)
-  private var vectorCount = 0
-  private var frameCount = 0
-  private var byteCount = 0
-  private var queue = FrameQueue()
+  private var sender = FrameSender()
   private var isOver = false
   private var interest: EventLoop.Interest = []
   /// There may be frames in `reader`.
@@ -43,7 +36,6 @@ final class StreamLink: @unchecked Sendable {
 
   deinit {
     close()
-    vectors.deallocate()
   }
 
   /// Whether bytes are read when there are some.
@@ -64,15 +56,16 @@ final class StreamLink: @unchecked Sendable {
     guard !isOver else { return }
     var wanted: EventLoop.Interest = []
     if receives { wanted.insert(.readable) }
-    if !queue.isEmpty { wanted.insert(.writable) }
+    if sender.isWaiting { wanted.insert(.writable) }
     guard wanted != interest else { return }
     interest = wanted
     try? loop.modify(socket.rawValue, wanted)
   }
 
-  private func handle(_ what: EventLoop.Interest) {
+  /// Something has happened to the socket.
+  func handle(_ what: EventLoop.Interest) {
     if what.contains(.writable) {
-      drain()
+      if !isOver { sender.drain(write) }
       watch()
     }
     if receives, !what.isDisjoint(with: [.readable, .failed]) {
@@ -110,68 +103,14 @@ final class StreamLink: @unchecked Sendable {
 
   /// Sends a frame with its length before it; the bytes stay where they are until `flush`.
   func send(_ frame: UnsafeRawBufferPointer) {
-    guard let base = frame.baseAddress else { return }
-    frameCount += 1
-    byteCount += frame.count
-    // Frames that came one after the other go on as one piece.
-    if vectorCount > 0,
-      vectors[vectorCount - 1].iov_base! + vectors[vectorCount - 1].iov_len == UnsafeMutableRawPointer(mutating: base)
-    {
-      vectors[vectorCount - 1].iov_len += frame.count
-      return
-    }
-    vectors[vectorCount] = iovec(iov_base: UnsafeMutableRawPointer(mutating: base), iov_len: frame.count)
-    vectorCount += 1
-    if vectorCount == Self.vectorLimit { flush() }
+    sender.send(frame)
+    if sender.isFull { flush() }
   }
 
   /// Gives what has been sent to the socket.
   func flush() {
-    guard vectorCount > 0 else { return }
-    let written = queue.isEmpty && !isOver ? write(vectors, vectorCount) : 0
-    if written == byteCount {
-      traffic.sent(frames: frameCount, bytes: byteCount - frameCount * StreamFraming.prefix)
-    } else {
-      keep(from: written)
-      watch()
-    }
-    vectorCount = 0
-    frameCount = 0
-    byteCount = 0
-  }
-
-  /// Queues the frames after `written` bytes, one of which may have gone in part.
-  private func keep(from written: Int) {
-    var skip = written
-    for vector in UnsafeBufferPointer(start: vectors, count: vectorCount) {
-      var rest = UnsafeRawBufferPointer(start: vector.iov_base, count: vector.iov_len)[...]
-      while !rest.isEmpty {
-        let start = UnsafeRawBufferPointer(rebasing: rest)
-        let count = StreamFraming.prefix + Int(UInt32(bigEndian: start.loadUnaligned(as: UInt32.self)))
-        let unsent = UnsafeRawBufferPointer(rebasing: rest.prefix(count).dropFirst(skip))
-        // An empty queue has room for a frame that has gone in part: it is the first.
-        if !isOver, unsent.isEmpty || queue.append(unsent) {
-          traffic.sent(frames: 1, bytes: count - StreamFraming.prefix)
-        } else {
-          traffic.dropped(frames: 1)
-        }
-        skip = max(0, skip - count)
-        rest = rest.dropFirst(count)
-      }
-    }
-  }
-
-  private func drain() {
-    while !queue.isEmpty, !isOver {
-      let pieces = queue.pieces()
-      let count = withUnsafeTemporaryAllocation(of: iovec.self, capacity: 2) { vectors in
-        vectors.initializeElement(at: 0, to: pieces.0)
-        vectors.initializeElement(at: 1, to: pieces.1)
-        return write(vectors.baseAddress!, pieces.1.iov_len == 0 ? 1 : 2)
-      }
-      guard count > 0 else { return }
-      queue.removeFirst(count)
-    }
+    sender.flush(traffic, isOver: isOver, write)
+    watch()
   }
 
   /// Bytes that the socket has taken: 0 where it is full, or its peer is gone.

@@ -33,6 +33,7 @@ public final class VirtualSwitch: @unchecked Sendable {
   private var touched: [SwitchPort] = []
   private var listener: Listener?
   private var capture: PacketCapture?
+  private var captureTimer: EventLoop.Timer?
   private var sweep: EventLoop.Timer?
   /// The time of the frames under way: it is asked for once a series.
   private var now: UInt64 = 0
@@ -117,9 +118,15 @@ public final class VirtualSwitch: @unchecked Sendable {
       return
     }
     _ = fcntl(socket.rawValue, F_SETFL, O_NONBLOCK)
+    attach(socket)
+  }
+
+  /// Makes a port of a connected, non-blocking socket; nil where that cannot be, and then the socket is closed.
+  @discardableResult
+  func attach(_ socket: consuming FileDescriptor) -> SwitchPort? {
     guard let port = makePort(nil) else {
       counters.refusedPorts += 1
-      return
+      return nil
     }
     do throws(HostError) {
       let link = try StreamLink(
@@ -129,8 +136,10 @@ public final class VirtualSwitch: @unchecked Sendable {
         }, lost: { [unowned self, unowned port] in remove(port) })
       port.link = link
       link.receives = true
+      return port
     } catch {
       remove(port)
+      return nil
     }
   }
 
@@ -144,7 +153,8 @@ public final class VirtualSwitch: @unchecked Sendable {
     }.arm(at: monotonicNanoseconds() + 100_000_000)
   }
 
-  private func makePort(_ name: String?) -> SwitchPort? {
+  /// A port without a link; nil where there are too many.
+  func makePort(_ name: String?) -> SwitchPort? {
     guard portCount < configuration.ports else { return nil }
     let index = ports.firstIndex { $0 == nil } ?? ports.count
     if index == ports.count { ports.append(nil) }
@@ -155,7 +165,8 @@ public final class VirtualSwitch: @unchecked Sendable {
     return port
   }
 
-  private func remove(_ port: SwitchPort) {
+  /// Closes a port.
+  func remove(_ port: SwitchPort) {
     guard ports[port.index] === port else { return }
     port.close()
     ports[port.index] = nil
@@ -185,7 +196,9 @@ public final class VirtualSwitch: @unchecked Sendable {
     if let listener { loop.remove(listener.listener.descriptor.rawValue) }
     listener = nil
     for port in ports { if let port { remove(port) } }
-    stopCapture()
+    captureTimer?.cancel()
+    flushCapture()
+    capture = nil
   }
 
   // MARK: The path of a frame
@@ -203,13 +216,13 @@ public final class VirtualSwitch: @unchecked Sendable {
   }
 
   /// Takes one frame of a series, which stays where it is until `flush`.
-  private func receive(_ frame: UnsafeRawBufferPointer, at port: SwitchPort) {
+  func receive(_ frame: UnsafeRawBufferPointer, at port: SwitchPort) {
     if touched.isEmpty { now = monotonicNanoseconds() }
     forward(frame, from: port)
   }
 
   /// Decides where a frame goes, which has its length before it and stays where it is until `flush`. Every frame passes here.
-  func forward(_ frame: UnsafeRawBufferPointer, from port: SwitchPort) {
+  private func forward(_ frame: UnsafeRawBufferPointer, from port: SwitchPort) {
     let ethernet = frame.baseAddress! + StreamFraming.prefix
     port.traffic.received(frames: 1, bytes: frame.count - StreamFraming.prefix)
     if capture != nil { record(ethernet, frame.count - StreamFraming.prefix) }
@@ -277,9 +290,19 @@ public final class VirtualSwitch: @unchecked Sendable {
 
   // MARK: Capture
 
-  /// Writes every frame that comes in from now on into a file, until that fails.
+  /// Writes every frame that comes in from now on into a file, until that fails; none is later there than a second.
   public func capture(to path: String) throws(NetworkError) {
     capture = try PacketCapture(path: path)
+    captureTimer = loop.makeTimer { [weak self] in
+      self?.flushCapture()
+      self?.armCapture()
+    }
+    armCapture()
+  }
+
+  private func armCapture() {
+    guard capture != nil else { return }
+    captureTimer?.arm(at: monotonicNanoseconds() &+ 1_000_000_000)
   }
 
   private func record(_ frame: UnsafeRawPointer, _ count: Int) {
@@ -292,15 +315,10 @@ public final class VirtualSwitch: @unchecked Sendable {
   }
 
   /// Has everything that was captured in the file.
-  public func flushCapture() {
+  func flushCapture() {
     do throws(NetworkError) { try capture?.flush() } catch {
       capture = nil
       onMessage(error)
     }
-  }
-
-  private func stopCapture() {
-    flushCapture()
-    capture = nil
   }
 }

@@ -223,7 +223,7 @@ struct RunSession {
     for trace in traces { trace.flush() }
     hardening?.log?.flush()
     if let path = options.report {
-      try write(RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json, to: path)
+      try RunReport(machine, engine: accelerator.name, outcome: outcome, started: started).json.writeReport(to: path)
     }
     for line in outcome.explanation { printError("swiftvmm: \(line)") }
     monitor?.close()
@@ -261,22 +261,6 @@ struct RunSession {
   private static func openTrace(_ subject: Trace.Subject, _ path: String) throws(Failure) -> Trace {
     do {
       return Trace(subject, file: try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC))
-    } catch {
-      throw .output(path: path, reason: HostError.reason(error.errno))
-    }
-  }
-
-  private func write(_ json: JSONValue, to path: String) throws(Failure) {
-    let text = json.serialized(pretty: true) + "\n"
-    do {
-      let file =
-        path == "-"
-        ? FileDescriptor(owning: dup(STDOUT_FILENO)) : try FileDescriptor.open(path, O_WRONLY | O_CREAT | O_TRUNC)
-      let bytes = Array(text.utf8)
-      let result = bytes.withUnsafeBytes { buffer in
-        Result { () throws(HostError) in try file.writeAll(buffer) }
-      }
-      try result.get()
     } catch {
       throw .output(path: path, reason: HostError.reason(error.errno))
     }

@@ -14,7 +14,7 @@ struct SwiftVMM: ParsableCommand {
       RunCommand.self, GuestsCommand.self, HardenCommand.self, DoctorCommand.self, CtlCommand.self, StatusCommand.self,
       PauseCommand.self,
       ResumeCommand.self, StopCommand.self, SaveCommand.self, MigrateCommand.self, DiskCommand.self, BackupCommand.self,
-      RestoreBackupCommand.self, SnapshotsCommand.self, BenchCommand.self,
+      RestoreBackupCommand.self, SnapshotsCommand.self, SwitchCommand.self, BenchCommand.self,
     ])
 
   static func main() {

@@ -21,7 +21,7 @@ func isInstalled(_ tools: String...) -> Bool {
 }
 
 /// A program of the host, run to its end; standard output and error together.
-func hostTool(_ arguments: String...) throws -> String {
+func hostTool(_ arguments: [String]) throws -> String {
   let process = Process()
   process.executableURL = URL(fileURLWithPath: "/usr/bin/env")
   process.arguments = ["timeout", "60"] + arguments

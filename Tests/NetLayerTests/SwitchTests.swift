@@ -218,6 +218,20 @@ struct SwitchTests {
     try peer[0].send(answer)
     try expect(answer, at: near[0], "and back")
     #expect(try network.ports.first?.isUp == true)
+    // Many at once keep their order.
+    let burst = (0..<2000).map { index in
+      makeFrame(
+        from: Self.a, to: Self.b,
+        withUnsafeBytes(of: UInt32(index)) { Array($0) } + [UInt8](repeating: 7, count: index % 500))
+    }
+    let writer = try HostThread(name: "writer") { [near, burst] in
+      for frame in burst { try? near[0].send(frame) }
+    }
+    for frame in burst {
+      let there = try peer[0].receive()
+      try #require(there == frame)
+    }
+    writer.join()
     far.close()
     try eventually("the uplink is down") { try network.ports.first?.isUp == false }
     let again = try TestSwitch(in: folder, name: "far")
@@ -250,10 +264,10 @@ struct SwitchTests {
     try peers[1].send(Announcement.frame(for: MACAddress(rawValue: Self.b)))
     _ = try peers[0].receive()
     try network.loop.sync { network.switch.flushCapture() }
-    let seen = try hostTool("tshark", "-r", file, "-T", "fields", "-e", "frame.len", "-e", "eth.src")
+    let seen = try hostTool(["tshark", "-r", file, "-T", "fields", "-e", "frame.len", "-e", "eth.src"])
       .split(separator: "\n").filter { $0.contains("52:54") }
     #expect(seen.map { String($0) } == (lengths.map { "\($0)\t52:54:00:00:00:0a" } + ["60\t52:54:00:00:00:0b"]))
-    let rarp = try hostTool("tshark", "-r", file, "-Y", "arp.opcode == 3 && arp.src.hw_mac == 52:54:00:00:00:0b")
+    let rarp = try hostTool(["tshark", "-r", file, "-Y", "arp.opcode == 3 && arp.src.hw_mac == 52:54:00:00:00:0b"])
     #expect(rarp.contains("Who is 52:54:00:00:00:0b? Tell 52:54:00:00:00:0b"), "\(rarp)")
   }
 
