@@ -108,6 +108,7 @@ public struct MachineConfiguration: Sendable {
     let cards = networks?.cards ?? []
     let most = Self.maximumDisks - disks.count - (ports == nil ? 0 : 1)
     guard cards.count <= most else { throw .networkCards(asked: cards.count, limit: most) }
+    if let ports { names.insert(ports.deviceName) }
     for card in cards where !names.insert(card.name).inserted { throw .networkName(card.name) }
   }
 }

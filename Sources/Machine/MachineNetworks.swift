@@ -1,6 +1,5 @@
 import Host
 import NetLayer
-import Synchronization
 import Virtio
 
 /// The machine's network cards, which its maker attaches before and closes after.

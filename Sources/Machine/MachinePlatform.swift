@@ -34,7 +34,7 @@ struct MachinePlatform {
       throw .device(error)
     }
     if let ports = configuration.ports {
-      let console = VirtioConsole(name: "ports", ports: ports.names, memory: memory)
+      let console = VirtioConsole(name: ports.deviceName, ports: ports.names, memory: memory)
       try disks.add(console, on: ports.thread.loop)
       ports.device = console
     }

@@ -8,6 +8,7 @@ public final class MachinePorts: Sendable {
   public let thread: IOThread
   /// The ports' names, by which the guest finds them.
   public let names: [String]
+  let deviceName = "ports"
   private let made = Mutex<Device?>(nil)
 
   private struct Device: @unchecked Sendable {
