@@ -9,7 +9,7 @@ struct BenchCommand: ParsableCommand {
 
   @Argument(
     help:
-      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover, migrate, save; all of them without a name."
+      "start, exits, cpu, linux-boot, disk, disk-requests, nbd, views, snapshot, backup, recover, migrate, save, net; all of them without a name."
   )
   var names: [Benchmark] = []
 
@@ -38,7 +38,7 @@ struct BenchCommand: ParsableCommand {
 enum Benchmark: String, CaseIterable, ExpressibleByArgument {
   case start, exits, cpu
   case linuxBoot = "linux-boot"
-  case disk, nbd, views, snapshot, backup, recover, migrate, save
+  case disk, nbd, views, snapshot, backup, recover, migrate, save, net
   case diskRequests = "disk-requests"
 
   var title: String {
@@ -54,6 +54,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .backup: "backup: disks of a running machine, and what its guest notices"
     case .recover: "recover: a guest gets a snapshot of its own disk"
     case .migrate: "migrate: a running machine to another process"
+    case .net: "net: frames through the switch"
     case .save: "save: a running machine to a file, and from there"
     case .views: "views: changes of view and of rights"
     }
@@ -72,6 +73,7 @@ enum Benchmark: String, CaseIterable, ExpressibleByArgument {
     case .backup: try BackupBenchmark(runs: runs).measure()
     case .recover: try RecoverBenchmark(runs: runs).measure()
     case .migrate: try MigrateBenchmark(runs: runs).measure()
+    case .net: try NetBenchmark(runs: runs).measure()
     case .save: try SaveBenchmark(runs: runs).measure()
     case .views: try ViewsBenchmark(runs: runs).measure()
     }
