@@ -57,6 +57,7 @@ struct TapInterface: ~Copyable {
   }
 
   private func set(_ offloads: NetworkOffloads) -> Bool {
+    // TUN_F_CSUM and so on, of linux/if_tun.h.
     var flags: UInt32 = 0
     if offloads.contains(.checksum) { flags |= 1 }
     if offloads.contains(.tcp4) { flags |= 2 }

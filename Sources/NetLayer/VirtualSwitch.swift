@@ -19,8 +19,8 @@ public final class VirtualSwitch: @unchecked Sendable {
     public init() {}
   }
 
-  /// What has passed.
-  public private(set) var counters = SwitchCounters()
+  /// What has been done, and has passed ports that are gone.
+  private var counters = SwitchCounters()
   /// Something that the person who runs the switch should know, in one line.
   public var onMessage: (NetworkError) -> Void = { _ in }
 
@@ -67,7 +67,7 @@ public final class VirtualSwitch: @unchecked Sendable {
     self.listener = listener
   }
 
-  /// Makes a port of what the text names: `tap=NAME`, or `switch=PATH` for another switch.
+  /// Makes a port of an interface of the host's, or of a connection to another switch, which must be there.
   public func addUplink(_ uplink: NetworkAttachment) throws(NetworkError) {
     guard let port = makePort(uplink.description) else { throw .tooManyPorts(limit: configuration.ports) }
     do throws(NetworkError) {

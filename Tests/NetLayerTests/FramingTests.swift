@@ -59,6 +59,47 @@ struct FramingTests {
     #expect(result.runts == 14)
   }
 
+  /// The socket takes so many bytes and is full; what it has not taken comes later, whole and in order.
+  @Test func aSocketMayBeFullAtAnyByte() {
+    let memory = [14, 60, 15, 200].map {
+      framed(makeFrame(from: 2, to: 4, [UInt8](repeating: UInt8($0), count: $0 - 14)))
+    }
+    // Two that lie together, two that do not.
+    let pieces = [memory[0] + memory[1], memory[2], memory[3]]
+    let stream = pieces.flatMap { $0 }
+    for room in 0...stream.count {
+      var sender = FrameSender()
+      let traffic = Traffic()
+      var output: [UInt8] = []
+      var left = room
+      let write: FrameSender.Write = { vectors, count in
+        let bytes = (0..<count).flatMap {
+          UnsafeRawBufferPointer(start: vectors[$0].iov_base, count: vectors[$0].iov_len)
+        }
+        let taken = min(left, bytes.count)
+        left -= taken
+        output += bytes[..<taken]
+        return taken
+      }
+      pieces[0].withUnsafeBytes { first in
+        pieces[1].withUnsafeBytes { second in
+          pieces[2].withUnsafeBytes { third in
+            sender.send(UnsafeRawBufferPointer(rebasing: first[..<memory[0].count]))
+            sender.send(UnsafeRawBufferPointer(rebasing: first[memory[0].count...]))
+            sender.send(second)
+            sender.send(third)
+            sender.flush(traffic, isOver: false, write)
+          }
+        }
+      }
+      #expect(output.count == room && sender.isWaiting == (room < stream.count))
+      left = .max
+      sender.drain(write)
+      #expect(output == stream && !sender.isWaiting, "\(room) bytes at first")
+      #expect(traffic.counters.sent == 4 && traffic.counters.sentBytes == 289 && traffic.counters.dropped == 0)
+    }
+  }
+
   @Test func aQueueIsARingOfBoundedSize() {
     var queue = FrameQueue()
     var model: [UInt8] = []
