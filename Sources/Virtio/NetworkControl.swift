@@ -45,9 +45,9 @@ extension VirtioNetwork {
     let size = chain.readable.byteCount - Self.headerSize
     switch (header[0], header[1]) {
     case (Class.receive, 0...5):
-      // The commands have the order of the modes.
+      // The modes have the order of the commands: PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST.
       guard size == 1, let value = bytes(chain, at: Self.headerSize, count: 1)?.first, value <= 1 else { return false }
-      let mode = NetworkReceiveFilter.Modes(rawValue: 1 << Self.modeBit(ofCommand: header[1]))
+      let mode = NetworkReceiveFilter.Modes(rawValue: 1 << header[1])
       if value == 1 { filter.modes.insert(mode) } else { filter.modes.remove(mode) }
       return true
     case (Class.address, 0): return setTable(chain)
@@ -63,9 +63,6 @@ extension VirtioNetwork {
     default: return false
     }
   }
-
-  /// PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST.
-  private static func modeBit(ofCommand command: UInt8) -> UInt8 { command }
 
   /// Two lists, each a number of addresses (32 bits) and the addresses: unicast, then multicast.
   private func setTable(_ chain: VirtqueueChain) -> Bool {
