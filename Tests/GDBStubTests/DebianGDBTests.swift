@@ -12,7 +12,7 @@ private func isInstalled(_ path: String) -> Bool {
 }
 
 /// Debian's gdb against a machine in miniature.
-@Suite(.timeLimit(.minutes(3)), .enabled(if: isInstalled("/usr/bin/gdb"))) struct DebianGDB {
+@Suite(.enabled(if: isInstalled("/usr/bin/gdb"))) struct DebianGDB {
   let target = FakeTarget()
 
   /// What gdb prints; each command after a line `# COMMAND`.

@@ -20,7 +20,10 @@ struct GoldenSaveTests {
   /// With a disk, a network card and an agent's channel.
   @Test func savedDevicesGoOn() throws {
     let folder = try TemporaryFolder()
-    let disk = try folder.file("disk", [UInt8](repeating: 0, count: 1 << 20))
+    // A saved machine goes on with the disks that it names.
+    let disk = "/tmp/swiftvmm-golden.raw"
+    try Data(count: 1 << 20).write(to: URL(fileURLWithPath: disk))
+    defer { unlink(disk) }
     let network = try TestSwitch()
     try goOn(
       "2-description-5",

@@ -3,7 +3,7 @@ import Host
 import Synchronization
 import Testing
 
-@Suite(.timeLimit(.minutes(1))) struct Kicks {
+@Suite struct Kicks {
   /// A program may be started with every signal blocked, which its threads inherit.
   @Test func reachThreadsOfAProgramThatBlocksThem() throws {
     let result = Condition<Int32?>(nil)

@@ -16,7 +16,7 @@ private func isInstalled(_ path: String, for test: String) -> Bool {
 }
 
 /// The PyPI client `qemu.qmp` against our server.
-@Suite(.timeLimit(.minutes(2))) struct PythonClient {
+@Suite struct PythonClient {
   static let python = root.path + "/build/venv/bin/python"
 
   static let script = """
@@ -78,7 +78,7 @@ private func isInstalled(_ path: String, for test: String) -> Bool {
 }
 
 /// Our client against QEMU, and QEMU's answers against ours.
-@Suite(.timeLimit(.minutes(2))) struct QEMUAsOracle {
+@Suite struct QEMUAsOracle {
   static let qemu = "/usr/bin/qemu-system-x86_64"
 
   /// Requests that both must answer alike, error texts included.

@@ -39,7 +39,7 @@ final class RawClient {
   }
 }
 
-@Suite(.timeLimit(.minutes(1))) struct MonitorServers {
+@Suite struct MonitorServers {
   let target = FakeTarget()
   let endpoint = StreamEndpoint.unix(path: temporaryPath())
 

@@ -104,7 +104,7 @@ import Testing
     #expect(received == paste)
   }
 
-  @Test(.timeLimit(.minutes(1))) func nothingIsLostBetweenThreads() throws {
+  @Test func nothingIsLostBetweenThreads() throws {
     write(2, 0x01)
     let paste = (0..<20_000).map { UInt8(truncatingIfNeeded: $0 &* 31) }
     let serial = serial
